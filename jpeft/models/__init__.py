@@ -1,0 +1,1 @@
+"""Compact NNX models driven by Hugging Face configurations, with stacked layers."""

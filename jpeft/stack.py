@@ -1,0 +1,148 @@
+"""`Stack`: layers of identical structure whose variables carry a leading layer axis, run by `jax.lax.scan`.
+
+The compiler sees one layer instead of N: compile time does not grow with depth, and step temporaries grow by one layer
+input per layer when the body is rematerialised.
+
+A layer is any module called as `carry = layer(carry, index, *args, **kwargs)`: `carry` is a pytree that every layer
+passes on (activations, a KV cache written in place at `index`), `index` the layer's number (traced inside a scan),
+`args` and `kwargs` are the same for all layers.
+
+Methods restricted to some layers leave the stack whole. Their wrappers carry a static tuple `layers` and variables whose
+leading axis counts only those; the stack then runs one scan per maximal run of equal activity, without the wrappers that
+are inactive there. Layers before the first adapted one need no backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jpeft import surgery
+from jpeft.errors import JpeftError
+from jpeft.surgery import Path
+from jpeft.wrapper import Wrapper
+
+# Base weights are read by layer index inside the body and never kept for the backward pass, which reads them again:
+# neither pass holds a slice of the base, which would be a copy.
+_BASE_READ = "jpeft_base_read"
+
+
+def has_layer_axis(path: Path, variable: Any) -> bool:
+    """Whether a variable of a stacked layer has one slice per layer (`shared=True` in its metadata says it has not)."""
+    return not (isinstance(variable, nnx.Variable) and variable.get_metadata().get("shared", False))
+
+
+class Stack(nnx.Module):
+    """`length` layers as one `layer` whose variables have a leading axis of that length.
+
+    remat: recompute each layer in the backward pass instead of keeping its intermediates.
+    """
+
+    def __init__(self, layer: nnx.Module, length: int, *, remat: bool = False):
+        self.layer = layer
+        self.length = length
+        self.remat = remat
+
+    @classmethod
+    def create(
+        cls, make: Callable[[nnx.Rngs], nnx.Module], length: int, *, rngs: nnx.Rngs, remat: bool = False
+    ) -> Stack:
+        """A stack of `length` layers, each `make(rngs)` with a key of its own. Works under `nnx.eval_shape`."""
+        keys = jax.random.split(rngs.params(), length)
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        state = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys)
+        return cls(nnx.merge(graphdef, state), length, remat=remat)
+
+    @classmethod
+    def from_layers(cls, layers: Sequence[nnx.Module], *, remat: bool = False) -> Stack:
+        """Stacks layers of identical structure (their arrays are copied into the stacked ones)."""
+        graphdefs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
+        odd = [i for i, other in enumerate(graphdefs) if other != graphdefs[0]]
+        if odd:
+            raise JpeftError(f"layers {odd} differ in structure from layer 0: a Stack needs identical layers")
+        state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return cls(nnx.merge(graphdefs[0], state), len(layers), remat=remat)
+
+    def unstack(self) -> nnx.List:
+        """The same layers as a plain `nnx.List` (copies; for models that want to treat layers one by one)."""
+        if any(wrapper.layers is not None for _, wrapper in _wrappers(self.layer)):
+            raise JpeftError("unstack: some wrappers cover only a part of the layers; unstack the base and adapt it")
+        graphdef, stacked, shared = nnx.split(self.layer, has_layer_axis, ...)
+        return nnx.List(
+            [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked), shared) for i in range(self.length)]
+        )
+
+    def __call__(self, carry: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs `carry` through all layers."""
+        partial = {path: wrapper for path, wrapper in _wrappers(self.layer) if wrapper.layers is not None}
+        if not partial:
+            graphdef, stacked, shared = nnx.split(self.layer, has_layer_axis, ...)
+            indices = jnp.arange(self.length, dtype=jnp.int32)
+
+            def body(carry: Any, xs: Any) -> tuple[Any, None]:
+                index, state = xs
+                return nnx.merge(graphdef, state, shared)(carry, index, *args, **kwargs), None
+
+            return jax.lax.scan(jax.checkpoint(body) if self.remat else body, carry, (indices, stacked))[0]
+        for start, stop in runs(self.length, [set(wrapper.layers or ()) for wrapper in partial.values()]):
+            carry = self._run(carry, start, stop, partial, args, kwargs)
+        return carry
+
+    def _run(
+        self, carry: Any, start: int, stop: int, partial: dict[Path, Wrapper], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        inactive = [path for path, wrapper in partial.items() if start not in (wrapper.layers or ())]
+        layer = self.layer
+        for path in sorted(inactive, key=len, reverse=True):  # inner wrappers first, so that outer paths stay valid
+            layer = surgery.replace(layer, {path: lambda wrapper: wrapper.base})
+        owners = {path: wrapper.layers for path, wrapper in _wrappers(layer) if wrapper.layers is not None}
+
+        def owner(path: Path) -> tuple[int, ...] | None:
+            return next((own for at, own in owners.items() if path[: len(at)] == at and path[len(at)] != "base"), None)
+
+        graphdef, shared, compact, stacked = nnx.split(
+            layer, lambda path, v: not has_layer_axis(path, v), lambda path, v: owner(path) is not None, ...
+        )
+        rows = []
+        for path, variable in nnx.to_flat_state(compact):
+            first = (owner(path) or ()).index(start)
+            rows.append((path, jax.tree.map(lambda a, first=first: a[first : first + stop - start], variable)))
+
+        def body(carry: Any, xs: Any) -> tuple[Any, None]:
+            index, own = xs
+            whole = jax.tree.map(lambda a: _read(a, index), stacked)
+            return nnx.merge(graphdef, shared, own, whole)(carry, index, *args, **kwargs), None
+
+        policy = None if self.remat else jax.checkpoint_policies.save_anything_except_these_names(_BASE_READ)
+        xs = (jnp.arange(start, stop, dtype=jnp.int32), nnx.from_flat_state(rows))
+        return jax.lax.scan(jax.checkpoint(body, policy=policy), carry, xs)[0]
+
+
+def _read(stacked: jax.Array, index: jax.Array) -> jax.Array:
+    row = jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False)
+    return row if jax.dtypes.issubdtype(row.dtype, jax.dtypes.prng_key) else checkpoint_name(row, _BASE_READ)
+
+
+def _wrappers(layer: nnx.Module) -> list[tuple[Path, Wrapper]]:
+    return [(path, module) for path, module in surgery.modules(layer) if isinstance(module, Wrapper)]
+
+
+def runs(length: int, covered: Sequence[set[int]]) -> list[tuple[int, int]]:
+    """Maximal ranges [start, stop) of layers over which each set of `covered` is either entirely in or out."""
+    active = [tuple(index in layers for layers in covered) for index in range(length)]
+    starts = [index for index in range(length) if index == 0 or active[index] != active[index - 1]]
+    return list(zip(starts, [*starts[1:], length], strict=True))
+
+
+def run_layers(layers: Any, carry: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs a `Stack` or any sequence of layers (`nnx.List`)."""
+    if isinstance(layers, Stack):
+        return layers(carry, *args, **kwargs)
+    for index, layer in enumerate(layers):
+        carry = layer(carry, index, *args, **kwargs)
+    return carry

@@ -1,0 +1,62 @@
+"""Variable types: what trains, what belongs to a task without training, and what is frozen.
+
+| type            | gradient | saved with the adapter | examples                                  |
+|-----------------|----------|------------------------|-------------------------------------------|
+| `Trainable`     | yes      | yes                    | LoRA's A and B, a new head                |
+| `AdapterBuffer` | no       | yes                    | scales, rank masks                        |
+| `DropoutKey`    | no       | never                  | filled by `combine(..., dropout=key)`     |
+| `Frozen`        | no       | no                     | every `nnx.Param` of the base             |
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from flax import nnx
+
+
+class Trainable(nnx.Param):
+    """A parameter that a method trains.
+
+    Metadata: `group` labels it for the optimizer (`jpeft.param_labels`); `shared=True` means that it has no layer
+    axis inside a `Stack`.
+    """
+
+
+class AdapterBuffer(nnx.Variable):
+    """An array that belongs to a task, is saved and switched with it, and has no gradient."""
+
+
+class DropoutKey(nnx.Variable):
+    """A PRNG key with the layer axes of its module; `combine` fills it, nothing saves it."""
+
+
+class Frozen(nnx.Variable):
+    """A parameter of the base: not an `nnx.Param`, so no optimizer that asks for parameters finds it.
+
+    Metadata `original` keeps the type it had, which `strip` and `merge` give back.
+    """
+
+
+_V = TypeVar("_V", bound=nnx.Variable)
+
+
+def retype(variable: nnx.Variable, kind: type[_V], **metadata: Any) -> _V:
+    """`variable`'s array (not copied) and metadata under another Variable type."""
+    return kind(variable.get_value(), **{**variable.get_metadata(), **metadata})
+
+
+def freeze(variable: nnx.Variable) -> nnx.Variable:
+    """An `nnx.Param` that nothing trains becomes `Frozen`; everything else stays as it is."""
+    if isinstance(variable, nnx.Param) and not isinstance(variable, Trainable):
+        return retype(variable, Frozen, original=type(variable))
+    return variable
+
+
+def unfreeze(variable: nnx.Variable) -> nnx.Variable:
+    """The inverse of `freeze`."""
+    if not isinstance(variable, Frozen):
+        return variable
+    metadata = variable.get_metadata()
+    original = metadata.pop("original")
+    return original(variable.get_value(), **metadata)

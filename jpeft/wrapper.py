@@ -1,0 +1,51 @@
+"""What every method puts around a module: the wrapped module as `base`, its own variables beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+
+class Wrapper(nnx.Module):
+    """A module in the place of another, which it holds as `base`.
+
+    Anything a wrapper does not define itself (`in_features`, `kernel`, `attend`, ...) is the base's, so wrappers nest
+    and callers need not know of them. `layers` names the layers of the surrounding `Stack` that the wrapper's own
+    variables cover, in order; `None` means all of them, or that there is no `Stack`.
+
+    A wrapper that is a function of the base's weight says so by defining `fold`.
+    """
+
+    base: Any
+    name: str
+    layers: tuple[int, ...] | None
+
+    def __init__(self, base: Any, *, name: str, layers: tuple[int, ...] | None = None):
+        self.base = nnx.data(base) if isinstance(base, nnx.Pytree) else base
+        self.name = name
+        self.layers = layers
+
+    def __getattr__(self, attribute: str) -> Any:
+        # Called only for what normal look-up does not find. Private names belong to NNX and to Python's protocols.
+        if attribute.startswith("_") or attribute in ("base", "name", "layers"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
+        return getattr(self.base, attribute)
+
+    def fold(self, base: nnx.Module) -> nnx.Module:
+        """`base` (which the wrappers inside this one were folded into) as one plain module that computes the same.
+
+        Raises NotMergeable where the mathematics does not allow it.
+        """
+        raise NotMergeable(f"{type(self).__name__} is not a function of the weight it wraps")
+
+
+class NotMergeable(Exception):
+    """Why one wrapper cannot be folded into its base; `jpeft.merge` collects these into one JpeftError."""
+
+
+def innermost(module: Any) -> Any:
+    """The module under all wrappers."""
+    while isinstance(module, Wrapper):
+        module = module.base
+    return module
