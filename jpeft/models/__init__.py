@@ -1,1 +1,10 @@
-"""Compact NNX models driven by Hugging Face configurations, with stacked layers."""
+"""Pretrained models as NNX modules with stacked layers: `load`, `from_config`, `save`."""
+
+from jpeft.models.attention import Attention
+from jpeft.models.config import Config
+from jpeft.models.families import MODEL_TYPES
+from jpeft.models.loading import from_config, load
+from jpeft.models.model import TASKS, Model
+from jpeft.models.saving import save
+
+__all__ = ["MODEL_TYPES", "TASKS", "Attention", "Config", "Model", "from_config", "load", "save"]

@@ -1,0 +1,129 @@
+"""`Model`: what every model of `jpeft.models` is, and how an eager call compiles once per shape.
+
+A model's attributes carry the names of the Hugging Face checkpoint, so targets, key tables and PEFT files agree. Beside
+them it holds static attributes:
+
+    config        frozen dataclass read from config.json
+    task          "causal-lm", "sequence-classification", ... ("base" has no head)
+    base_prefix   what the checkpoint puts before the names of everything but the heads ("model", "bert", ...)
+    heads         attributes that are output heads; "all-linear" leaves them out
+    renewable     attributes that may be missing in a checkpoint and are then made anew, trainable
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jpeft import surgery
+from jpeft.errors import JpeftError
+from jpeft.models.config import Config
+from jpeft.variables import Trainable, retype
+
+TASKS = ("causal-lm", "sequence-classification", "token-classification", "masked-lm", "seq2seq-lm", "base")
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _jitted(method: Callable[..., Any], graphdef: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return method(nnx.merge(graphdef, state), *args, **kwargs)
+
+
+def compiled(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A method that runs directly while JAX traces, and through one cached `jax.jit` when it is called eagerly.
+
+    The arguments are pytrees of arrays (or None). Eager calls of the same shapes share one compilation, whatever the
+    values in the model.
+    """
+
+    @functools.wraps(method)
+    def call(*arguments: _P.args, **kwargs: _P.kwargs) -> _R:
+        model, *args = arguments
+        graphdef, state = nnx.split(model)
+        leaves = jax.tree.leaves((state, args, kwargs))
+        if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
+            return method(*arguments, **kwargs)
+        return _jitted(method, graphdef, state, tuple(args), kwargs)
+
+    return call
+
+
+class Model(nnx.Module):
+    """Base of all models: subclasses define `forward` and the attributes in the module's docstring."""
+
+    heads: tuple[str, ...] = ()
+    renewable: tuple[str, ...] = ()
+    base_prefix: str = ""
+    task: str = "base"
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's function; call the model itself instead."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+    @compiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs `forward`: directly under tracing, else through one cached `jax.jit`."""
+        return self.forward(*args, **kwargs)
+
+
+_M = TypeVar("_M", bound=nnx.Module)
+
+
+def new_head(module: _M) -> _M:
+    """`module` with every parameter `Trainable` in group "head", as a head that no checkpoint has trained must be."""
+
+    def train(variable: nnx.Variable) -> nnx.Variable:
+        return retype(variable, Trainable, group="head") if isinstance(variable, nnx.Param) else variable
+
+    return surgery.map_variables(module, train)  # type: ignore[return-value]
+
+
+def check_tokens(name: str, ids: Any, like: Any = None) -> None:
+    """Refuses what is not an integer array [B, T] (of the shape of `like`, if given)."""
+    if getattr(ids, "ndim", None) != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        found = f"{getattr(ids, 'dtype', type(ids).__name__)}{list(getattr(ids, 'shape', ()))}"
+        raise JpeftError(f"{name}: expected an integer array [batch, tokens], found {found}")
+    if like is not None and ids.shape != like.shape:
+        raise JpeftError(f"{name}: expected the shape of the tokens, {list(like.shape)}, found {list(ids.shape)}")
+
+
+def check_mask(name: str, mask: Any, like: Any) -> None:
+    """Refuses what is not None or an array [B, T] of the shape of `like`."""
+    if mask is not None and getattr(mask, "shape", None) != like.shape:
+        found = list(getattr(mask, "shape", ()))
+        raise JpeftError(f"{name}: expected the shape of the tokens, {list(like.shape)}, found {found}")
+
+
+def last_token(hidden: jax.Array, input_ids: jax.Array, mask: jax.Array | None, pad_token_id: int | None) -> jax.Array:
+    """The hidden state [B, D] of the last real token, as Hugging Face's classifiers on decoders pool.
+
+    Real are the tokens that `mask` [B, T] attends to, or else those that are not `pad_token_id`; without either, the
+    last one is taken.
+    """
+    if mask is not None:
+        real = mask.astype(bool)
+    elif pad_token_id is not None:
+        real = input_ids != pad_token_id
+    else:
+        return hidden[:, -1]
+    last = jnp.argmax(jnp.arange(real.shape[1]) * real, axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def mean_token(hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The mean [B, D] of the hidden states of the tokens that `mask` [B, T] attends to, summed in float32."""
+    if mask is None:
+        return jnp.mean(hidden, axis=1)
+    weights = mask.astype(bool)[..., None]
+    total = jnp.sum(jnp.where(weights, hidden, 0), axis=1, dtype=jnp.float32)
+    return (total / jnp.maximum(jnp.sum(weights, axis=1), 1)).astype(hidden.dtype)
