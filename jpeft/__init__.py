@@ -1,1 +1,76 @@
-"""Parameter-efficient fine-tuning for JAX and Flax NNX."""
+"""Parameter-efficient fine-tuning for JAX and Flax NNX.
+
+A method is a value that maps a module tree to a new module tree; training, merging, sharding, saving and serving many
+tasks are plain JAX over the pytrees that result:
+
+    model = jpeft.LoRA(rank=16, targets="all-linear")(model, rngs=nnx.Rngs(0))
+    graphdef, adapter, buffers, frozen = jpeft.partition(model)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jpeft.describe import Description, describe
+from jpeft.errors import JpeftError
+from jpeft.merge import merge, strip
+from jpeft.methods import METHODS, Compose, LoRA, Method, applied, compose
+from jpeft.partition import Partition, combine, param_labels, partition, trainable_mask
+from jpeft.stack import Stack, run_layers
+from jpeft.targets import listing as list_targets
+from jpeft.variables import AdapterBuffer, DropoutKey, Frozen, Trainable
+
+if TYPE_CHECKING:
+    from jpeft import models
+    from jpeft.checkpoint import load_adapter, save_adapter
+    from jpeft.generate import generate
+
+# Looked up on first use: they bring Orbax, safetensors and the model families, which research code may not need.
+_LATER = {
+    "models": ("jpeft.models", None),
+    "save_adapter": ("jpeft.checkpoint", "save_adapter"),
+    "load_adapter": ("jpeft.checkpoint", "load_adapter"),
+    "generate": ("jpeft.generate", "generate"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'jpeft' has no attribute {name!r}")
+    module, attribute = _LATER[name]
+    found = importlib.import_module(module)
+    value = found if attribute is None else getattr(found, attribute)
+    globals()[name] = value  # also puts the function, not the module of the same name, under `jpeft.generate`
+    return value
+
+
+__all__ = [
+    "METHODS",
+    "AdapterBuffer",
+    "Compose",
+    "Description",
+    "DropoutKey",
+    "Frozen",
+    "JpeftError",
+    "LoRA",
+    "Method",
+    "Partition",
+    "Stack",
+    "Trainable",
+    "applied",
+    "combine",
+    "compose",
+    "describe",
+    "generate",
+    "list_targets",
+    "load_adapter",
+    "merge",
+    "models",
+    "param_labels",
+    "partition",
+    "run_layers",
+    "save_adapter",
+    "strip",
+    "trainable_mask",
+]

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jpeft import surgery
-from jpeft.surgery import Path
 from jpeft.stack import Stack
+from jpeft.surgery import Path
 from jpeft.wrapper import Wrapper
 
 
@@ -68,35 +68,40 @@ class Node:
         at = self.stack[0]
         return (*self.parts[:at], str(layer), *self.parts[at:])
 
-    def keys(self, key: jax.Array, owner: str, layers: Sequence[int] | None = None) -> jax.Array:
-        """PRNG keys for the variables of wrapper `owner` here: one per layer of the stack, or a single one.
+    def keys(
+        self, key: jax.Array, owner: str, lead: tuple[int, ...] = (), layers: Sequence[int] | None = None
+    ) -> jax.Array:
+        """PRNG keys of shape `lead` for the variables of `owner` (a wrapper's name) at this node.
 
-        A key depends on the seed, the path without its first index, the owner and that index alone: stacked, listed
-        and partly adapted models start from the same values, whatever the order of targets.
+        Inside a `Stack` the first axis of `lead` counts its layers, or those of `layers`. A key depends on the seed,
+        the path without its first index, the owner and that index alone: stacked, listed and partly adapted models
+        start from the same values, whatever the order of targets.
         """
-        chosen: Sequence[int | None] = self.members if layers is None else layers
+        members: Sequence[int | None] = self.members if layers is None else layers
         folds = []
-        for member in chosen:
+        for member in members:
             segments = list(self._segments(member))
             index = next((i for i, part in enumerate(segments) if part.isdigit()), None)
-            layer = int(segments.pop(index)) if index is not None else None
             # Layers count from 1 here, so that no layer shares its key with a module outside the layers.
-            folds.append((zlib.crc32("/".join([*segments, owner]).encode()), 0 if layer is None else layer + 1))
-        made = [jnp.array(column, dtype=jnp.uint32) for column in zip(*folds, strict=True)]
-        stacked = jax.vmap(lambda path, layer: jax.random.fold_in(jax.random.fold_in(key, path), layer))(*made)
-        return stacked if self.stack else stacked[0]
+            layer = 0 if index is None else int(segments.pop(index)) + 1
+            folds.append((zlib.crc32("/".join([*segments, owner]).encode()), layer))
+        crcs, numbers = (jnp.array(column, dtype=jnp.uint32) for column in zip(*folds, strict=True))
+        made = jax.vmap(lambda crc, number: jax.random.fold_in(jax.random.fold_in(key, crc), number))(crcs, numbers)
+        made = made if self.stack else made[0]
+        inner = lead[made.ndim :]  # axes of a user's own scan or vmap over modules
+        if not inner:
+            return made
+        return jax.vmap(lambda k: jax.random.split(k, inner))(made) if made.ndim else jax.random.split(made, inner)
 
 
 def nodes(model: nnx.Module) -> Iterator[Node]:
     """Every module of the model by canonical path, outermost wrappers only, parents before children."""
     for path, module in surgery.modules(model):
         trail = list(_trail(model, path))
-        if any(isinstance(above, Wrapper) and name == "base" for above, name in trail):
-            inside = trail[-1]
-            if isinstance(inside[0], Wrapper) and inside[1] == "base":
-                continue  # the same place as the wrapper, which was listed already
-        if trail and isinstance(trail[-1][0], Stack) and trail[-1][1] == "layer" and not isinstance(module, Wrapper):
-            continue  # a stack and its layer are one place
+        if trail and isinstance(trail[-1][0], Wrapper) and trail[-1][1] == "base":
+            continue  # the same place as its wrapper
+        if isinstance(module, Stack):
+            continue  # the same place as its layer
         yield Node(path, module, *_canonical(trail))
 
 

@@ -7,9 +7,9 @@ A layer is any module called as `carry = layer(carry, index, *args, **kwargs)`: 
 passes on (activations, a KV cache written in place at `index`), `index` the layer's number (traced inside a scan),
 `args` and `kwargs` are the same for all layers.
 
-Methods restricted to some layers leave the stack whole. Their wrappers carry a static tuple `layers` and variables whose
-leading axis counts only those; the stack then runs one scan per maximal run of equal activity, without the wrappers that
-are inactive there. Layers before the first adapted one need no backward pass.
+Methods restricted to some layers leave the stack whole. Their wrappers carry a static tuple `layers` and variables
+whose leading axis counts only those; the stack then runs one scan per maximal run of equal activity, without the
+wrappers that are inactive there. Layers before the first adapted one need no backward pass.
 """
 
 from __future__ import annotations
@@ -32,9 +32,14 @@ from jpeft.wrapper import Wrapper
 _BASE_READ = "jpeft_base_read"
 
 
-def has_layer_axis(path: Path, variable: Any) -> bool:
-    """Whether a variable of a stacked layer has one slice per layer (`shared=True` in its metadata says it has not)."""
-    return not (isinstance(variable, nnx.Variable) and variable.get_metadata().get("shared", False))
+def _is_shared(path: Path, variable: Any) -> bool:
+    return isinstance(variable, nnx.Variable) and variable.get_metadata().get("shared", False)
+
+
+def _split(layer: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """A stacked layer as (graphdef, variables with a layer axis, variables with `shared=True`, which have none)."""
+    graphdef, shared, stacked = nnx.split(layer, _is_shared, ...)
+    return graphdef, stacked, shared
 
 
 class Stack(nnx.Module):
@@ -72,16 +77,16 @@ class Stack(nnx.Module):
         """The same layers as a plain `nnx.List` (copies; for models that want to treat layers one by one)."""
         if any(wrapper.layers is not None for _, wrapper in _wrappers(self.layer)):
             raise JpeftError("unstack: some wrappers cover only a part of the layers; unstack the base and adapt it")
-        graphdef, stacked, shared = nnx.split(self.layer, has_layer_axis, ...)
+        graphdef, stacked, shared = _split(self.layer)
         return nnx.List(
             [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked), shared) for i in range(self.length)]
         )
 
     def __call__(self, carry: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs `carry` through all layers."""
-        partial = {path: wrapper for path, wrapper in _wrappers(self.layer) if wrapper.layers is not None}
+        partial = [set(wrapper.layers) for _, wrapper in _wrappers(self.layer) if wrapper.layers is not None]
         if not partial:
-            graphdef, stacked, shared = nnx.split(self.layer, has_layer_axis, ...)
+            graphdef, stacked, shared = _split(self.layer)
             indices = jnp.arange(self.length, dtype=jnp.int32)
 
             def body(carry: Any, xs: Any) -> tuple[Any, None]:
@@ -89,25 +94,24 @@ class Stack(nnx.Module):
                 return nnx.merge(graphdef, state, shared)(carry, index, *args, **kwargs), None
 
             return jax.lax.scan(jax.checkpoint(body) if self.remat else body, carry, (indices, stacked))[0]
-        for start, stop in runs(self.length, [set(wrapper.layers or ()) for wrapper in partial.values()]):
-            carry = self._run(carry, start, stop, partial, args, kwargs)
+        for start, stop in runs(self.length, partial):
+            carry = self._run(carry, start, stop, args, kwargs)
         return carry
 
-    def _run(
-        self, carry: Any, start: int, stop: int, partial: dict[Path, Wrapper], args: tuple, kwargs: dict[str, Any]
-    ) -> Any:
-        inactive = [path for path, wrapper in partial.items() if start not in (wrapper.layers or ())]
-        layer = self.layer
-        for path in sorted(inactive, key=len, reverse=True):  # inner wrappers first, so that outer paths stay valid
-            layer = surgery.replace(layer, {path: lambda wrapper: wrapper.base})
+    def _run(self, carry: Any, start: int, stop: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Layers [start, stop), over which the same wrappers are active, without the others."""
+
+        def inactive(module: Any) -> bool:
+            return isinstance(module, Wrapper) and module.layers is not None and start not in module.layers
+
+        layer = surgery.rewrite(self.layer, lambda module: module.base if inactive(module) else module)
         owners = {path: wrapper.layers for path, wrapper in _wrappers(layer) if wrapper.layers is not None}
 
         def owner(path: Path) -> tuple[int, ...] | None:
             return next((own for at, own in owners.items() if path[: len(at)] == at and path[len(at)] != "base"), None)
 
-        graphdef, shared, compact, stacked = nnx.split(
-            layer, lambda path, v: not has_layer_axis(path, v), lambda path, v: owner(path) is not None, ...
-        )
+        parts: Any = nnx.split(layer, _is_shared, lambda path, _: owner(path) is not None, ...)
+        graphdef, shared, compact, stacked = parts
         rows = []
         for path, variable in nnx.to_flat_state(compact):
             first = (owner(path) or ()).index(start)

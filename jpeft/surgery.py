@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 
 from flax import nnx
 
-Path: TypeAlias = tuple[str | int, ...]
+Path: TypeAlias = tuple[Any, ...]  # attribute names and indices
 
 
-def children(node: Any) -> Iterator[tuple[str | int, Any]]:
+def children(node: Any) -> Iterator[tuple[Any, Any]]:
     """Attributes or items of `node` with their names, in a fixed order; nothing for leaves."""
     if isinstance(node, nnx.List):
         yield from enumerate(node)
@@ -26,10 +26,11 @@ def children(node: Any) -> Iterator[tuple[str | int, Any]]:
         yield from enumerate(node)
 
 
-def child(node: Any, name: str | int) -> Any:
+def child(node: Any, name: Any) -> Any:
     """The attribute or item of `node` called `name`."""
     if isinstance(node, nnx.List | dict | list | tuple):
-        return node[name]
+        items: Any = node
+        return items[name]
     return vars(node)[str(name)]
 
 
@@ -41,9 +42,10 @@ def get(model: nnx.Module, path: Path) -> Any:
     return node
 
 
-def _assign(parent: Any, name: str | int, value: Any) -> None:
+def _assign(parent: Any, name: Any, value: Any) -> None:
     if isinstance(parent, nnx.List | dict | list):
-        parent[name] = value
+        items: Any = parent
+        items[name] = value
     elif isinstance(parent, nnx.Pytree):
         # nnx.data also turns an attribute that was static (a plain attention function) into one that holds a module.
         setattr(parent, str(name), nnx.data(value) if isinstance(value, nnx.Pytree) else value)
@@ -74,37 +76,42 @@ def modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
 
 
 def replace(model: nnx.Module, replacements: Mapping[Path, Callable[[Any], Any]]) -> nnx.Module:
-    """A copy of `model` in which what stands at each path is what its function makes of it.
+    """A copy of `model` in which what stands at each path is what its function makes of it; `()` is the model itself.
 
-    The copy shares every array with `model`. Paths must not lie inside one another. The function receives the copy's
-    own object, so it may hold on to it; `()` replaces the whole model.
+    The copy shares every array with `model`. The function receives the copy's own object, so it may hold on to it.
     """
     copy = nnx.clone(model)
-    if () in replacements:
-        return replacements[()](copy)
-    made: dict[int, tuple[Any, Any]] = {}  # by identity; the old object is kept so that its id stays its own
+    functions: dict[int, Callable[[Any], Any]] = {}
     for path, function in replacements.items():
         old = get(copy, path)
         if isinstance(old, nnx.Pytree):
-            made[id(old)] = (old, function(old))
-        else:
+            functions[id(old)] = function
+        else:  # a static attribute, such as a plain attention function
             _assign(get(copy, path[:-1]), path[-1], function(old))
-    if made:
-        _swap(copy, made)
-    return copy
+    return rewrite(copy, lambda node: functions[id(node)](node) if id(node) in functions else node, copy=False)
 
 
-def _swap(model: nnx.Module, made: Mapping[int, tuple[Any, Any]]) -> None:
-    # What was made is never entered, so a wrapper keeps the old module as its base.
-    pending, seen = [model], {id(model)}
-    while pending:
-        node = pending.pop()
-        for name, value in list(children(node)):
-            if id(value) in made:
-                _assign(node, name, made[id(value)][1])
-            elif not isinstance(value, nnx.Variable) and id(value) not in seen:
-                seen.add(id(value))
-                pending.append(value)
+def rewrite(model: nnx.Module, function: Callable[[Any], Any], *, copy: bool = True) -> Any:
+    """A copy of `model` (or, with `copy=False`, the model itself) with each module replaced by `function(module)`.
+
+    Inner modules come first, so `function` sees a module whose children were rewritten. What it makes is not entered
+    again. A module that stands in several places is rewritten once and stays shared.
+    """
+    done: dict[int, tuple[Any, Any]] = {}  # by identity; the old object is kept so that its id stays its own
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, nnx.Variable) or not isinstance(node, nnx.Pytree | dict | list | tuple):
+            return node
+        if id(node) not in done:
+            done[id(node)] = (node, node)  # a cycle leads back to the node as it was
+            for name, value in list(children(node)):
+                made = visit(value)
+                if made is not value:
+                    _assign(node, name, made)
+            done[id(node)] = (node, function(node) if isinstance(node, nnx.Module) else node)
+        return done[id(node)][1]
+
+    return visit(nnx.clone(model) if copy else model)
 
 
 def map_variables(model: nnx.Module, function: Callable[[nnx.Variable], nnx.Variable]) -> nnx.Module:

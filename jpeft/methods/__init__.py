@@ -1,0 +1,26 @@
+"""Every method by the name it has in configurations and files. A new method is a new file and a line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jpeft.errors import JpeftError, nearest
+from jpeft.methods.compose import Compose, compose
+from jpeft.methods.lora import LoRA
+from jpeft.methods.method import Method, applied
+
+METHODS: dict[str, type[Method]] = {
+    "lora": LoRA,
+}
+
+
+def from_dict(config: dict[str, Any]) -> Method:
+    """A method from `{"method": name, field: value, ...}`. Raises JpeftError on unknown names and fields."""
+    name = config.get("method")
+    if name not in METHODS:
+        near = ", ".join(nearest(str(name), METHODS, 3))
+        raise JpeftError(f"unknown method {name!r}; nearest: {near}")
+    return METHODS[name].from_dict(config)
+
+
+__all__ = ["METHODS", "Compose", "LoRA", "Method", "applied", "compose", "from_dict"]

@@ -1,0 +1,315 @@
+"""The low-rank update on each kind of layer: how it is applied, and the change of the weight it stands for.
+
+Shapes are of one layer; inside a `Stack` every variable has the layer axis in front.
+
+| kind          | weight                     | a                     | b               |
+|---------------|----------------------------|-----------------------|-----------------|
+| Linear        | [in, out]                  | [in, r]               | [r, out]        |
+| LinearGeneral | [*in, *out]                | [*in, r]              | [r, *out]       |
+| Einsum        | axes by the einsum string  | [batch, contracted, r]| [batch, r, kept]|
+| Conv          | [*window, in / groups, out]| [*window, in / groups, r] | [r / groups, out] |
+| Embed         | [vocabulary, features]     | [vocabulary, r]       | [r, features]   |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jpeft import kinds
+from jpeft.dropout import Dropout
+from jpeft.errors import JpeftError
+from jpeft.variables import AdapterBuffer, Trainable
+from jpeft.wrapper import NotMergeable, Wrapper, innermost
+
+if TYPE_CHECKING:
+    from jpeft.methods.lora import LoRA
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.custom_vjp
+def low_rank(
+    x: Float[Array, "*batch in"], a: Float[Array, "in r"], b: Float[Array, "r out"], scale: Float[Array, "r"]
+) -> Float[Array, "*batch out"]:
+    """((x a) * scale) b, with a backward pass that contracts over all tokens at once.
+
+    Left to itself, autodiff transposes the large output cotangent to form b's gradient; folding batch and time into one
+    contracted axis avoids that copy.
+    """
+    return ((x @ a) * scale) @ b
+
+
+def _forward(x: Array, a: Array, b: Array, scale: Array) -> tuple[Array, tuple[Array, ...]]:
+    h = x @ a
+    return (h * scale) @ b, (x, h, a, b, scale)
+
+
+def _backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
+    x, h, a, b, scale = residuals
+    rows = (((0,), (0,)), ((), ()))
+    flat_x, flat_h, flat_dy = (t.reshape(-1, t.shape[-1]) for t in (x, h, dy))
+    dhs = jax.lax.dot_general(flat_dy, b, (((1,), (1,)), ((), ())))
+    dh = dhs * scale
+    # [r, in] and then turned: the long axis stays contiguous in the product.
+    da = jax.lax.dot_general(dh, flat_x, rows, preferred_element_type=jnp.float32).T
+    db = jax.lax.dot_general(flat_h * scale, flat_dy, rows, preferred_element_type=jnp.float32)
+    dx = jax.lax.dot_general(dh, a, (((1,), (1,)), ((), ()))).reshape(x.shape)
+    dscale = jnp.sum(dhs * flat_h, axis=0)
+    return dx.astype(x.dtype), da.astype(a.dtype), db.astype(b.dtype), dscale.astype(scale.dtype)
+
+
+low_rank.defvjp(_forward, _backward)
+
+
+class LoRAWrapper(Wrapper):
+    """A layer with a low-rank update; subclasses say how for one kind of layer.
+
+    a, b: `Trainable`, lead + the shapes of the module's table. scale: `AdapterBuffer`, lead + [r]: alpha / rank for the
+    slots in use, 0 for those that only pad a smaller rank.
+    """
+
+    def __init__(
+        self,
+        base: nnx.Module,
+        *,
+        method: LoRA,
+        rank: int,
+        lead: tuple[int, ...],
+        keys: jax.Array,
+        scale: jax.Array,
+        layers: tuple[int, ...] | None,
+    ):
+        super().__init__(base, name=method.name, layers=layers)
+        shape_a, shape_b = self.shapes(rank)
+
+        def start(key: jax.Array) -> tuple[Array, Array]:
+            return self.start(key, shape_a, shape_b, method.init)
+
+        for _ in lead:
+            start = jax.vmap(start)
+        a, b = start(keys)
+        self.a = Trainable(a.astype(method.dtype), group="lora_a")
+        self.b = Trainable(b.astype(method.dtype), group="lora_b")
+        self.scale = AdapterBuffer(scale)
+        self.dropout = Dropout(float(method.dropout), lead)
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a and b for one layer."""
+        raise NotImplementedError(f"{type(self).__name__} defines no shapes")
+
+    def delta(self, a: Array, b: Array) -> Array:
+        """The change of one layer's weight, in float32; `a` is scaled already."""
+        raise NotImplementedError(f"{type(self).__name__} defines no delta")
+
+    @staticmethod
+    def start(
+        key: jax.Array, shape_a: tuple[int, ...], shape_b: tuple[int, ...], init: str
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Initial a and b of one layer, in float32."""
+        if init == "gaussian":
+            return jax.random.normal(key, shape_a) / shape_a[-1], jnp.zeros(shape_b)
+        bound = 1 / math.sqrt(math.prod(shape_a[:-1]))
+        return jax.random.uniform(key, shape_a, minval=-bound, maxval=bound), jnp.zeros(shape_b)
+
+    def parts(self, like: Array) -> tuple[Array, Array, Array]:
+        """a, b and scale in the dtype they are used in."""
+        return tuple(v[...].astype(like.dtype) for v in (self.a, self.b, self.scale))  # type: ignore[return-value]
+
+    def fold(self, base: nnx.Module) -> nnx.Module:
+        """`base` with the update added to its weight: float32 arithmetic, one layer at a time, cast last."""
+        if kinds.kind_of(base) is None or isinstance(base, Wrapper):
+            raise NotMergeable(f"{type(base).__name__} under it has no plain weight to add the update to")
+        weight = kinds.weight(base)
+        value = weight.get_value()
+
+        def add(rows: tuple[Array, Array, Array, Array]) -> Array:
+            w, a, b, scale = rows
+            scaled = a.astype(jnp.float32) * scale
+            return (w.astype(jnp.float32) + self.delta(scaled, b.astype(jnp.float32))).astype(w.dtype)
+
+        whole = (self.a.get_value(), self.b.get_value(), self.scale.get_value())
+        chosen = value if self.layers is None else value[jnp.array(self.layers)]
+        each = add
+        for _ in kinds.lead(base):
+            each = _mapped(each)
+        made = jax.jit(each)((chosen, *whole))
+        weight.set_value(made if self.layers is None else value.at[jnp.array(self.layers)].set(made))
+        return base
+
+
+def _mapped(function: Any) -> Any:
+    # One layer after the other: the float32 temporaries are of one layer, not of the stack.
+    return lambda rows: jax.lax.map(function, rows)
+
+
+class LoRALinear(LoRAWrapper):
+    """On `nnx.Linear`."""
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        features_in, features_out = kinds.own_shape(self.base)
+        return (features_in, rank), (rank, features_out)
+
+    def __call__(self, x: Float[Array, "*batch in"], **kwargs: Any) -> Float[Array, "*batch out"]:
+        y = self.base(x, **kwargs)
+        return y + low_rank(self.dropout(x.astype(y.dtype)), *self.parts(y))
+
+    def delta(self, a: Array, b: Array) -> Array:
+        return jnp.matmul(a, b, precision=_HIGHEST)
+
+
+class LoRALinearGeneral(LoRAWrapper):
+    """On `nnx.LinearGeneral`, whose input and output may each be several axes."""
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        base = innermost(self.base)
+        if base.batch_axis:
+            raise JpeftError(
+                f"LoRA: LinearGeneral with batch_axis={dict(base.batch_axis)} cannot be adapted; exclude it"
+            )
+        return (*base.in_features, rank), (rank, *base.out_features)
+
+    def __call__(self, x: Float[Array, "..."], **kwargs: Any) -> Float[Array, "..."]:
+        y = self.base(x, **kwargs)
+        axes = [axis % x.ndim for axis in innermost(self.base).axis]
+        rest = [axis for axis in range(x.ndim) if axis not in axes]
+        moved = jnp.transpose(self.dropout(x.astype(y.dtype)), (*rest, *axes))
+        a, b, scale = self.parts(y)
+        rank = scale.shape[-1]
+        flat = moved.reshape(*moved.shape[: len(rest)], -1)
+        update = low_rank(flat, a.reshape(-1, rank), b.reshape(rank, -1), scale)
+        return y + update.reshape(y.shape)
+
+    def delta(self, a: Array, b: Array) -> Array:
+        return jnp.tensordot(a, b, axes=1, precision=_HIGHEST)
+
+
+class LoRAEinsum(LoRAWrapper):
+    """On `nnx.Einsum`: the contracted axes go into a, the axes the kernel adds go into b, shared axes into both."""
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        base = innermost(self.base)
+        _, kernel, _ = _einsum_axes(base.einsum_str)
+        size = dict(zip(kernel, kinds.own_shape(base), strict=True))
+        size["rank"] = rank
+        _, axes_a, axes_b = self._equations(base.einsum_str)
+        return tuple(size[axis] for axis in axes_a), tuple(size[axis] for axis in axes_b)
+
+    def _equations(self, einsum: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """The axes of the intermediate, of a and of b; the rank is the axis called `rank`."""
+        inputs, kernel, outputs = _einsum_axes(einsum)
+        both = tuple(axis for axis in kernel if axis in inputs and axis in outputs)
+        contracted = tuple(axis for axis in kernel if axis in inputs and axis not in outputs)
+        added = tuple(axis for axis in kernel if axis not in inputs and axis in outputs)
+        if len(both) + len(contracted) + len(added) != len(kernel) or not contracted:
+            raise JpeftError(f"LoRA: Einsum {einsum!r} contracts no axis of its input with the kernel; exclude it")
+        middle = (*(axis for axis in outputs if axis not in added), "rank")
+        return middle, (*both, *contracted, "rank"), (*both, "rank", *added)
+
+    def __call__(self, x: Float[Array, "..."], einsum_str: str | None = None, **kwargs: Any) -> Float[Array, "..."]:
+        y = self.base(x, einsum_str, **kwargs)
+        einsum = einsum_str or innermost(self.base).einsum_str
+        inputs, _, outputs = _einsum_axes(einsum)
+        middle, axes_a, axes_b = self._equations(einsum)
+        a, b, scale = self.parts(y)
+        h = jnp.einsum(_equation(inputs, axes_a, middle), self.dropout(x.astype(y.dtype)), a) * scale
+        return y + jnp.einsum(_equation(middle, axes_b, outputs), h, b)
+
+    def delta(self, a: Array, b: Array) -> Array:
+        einsum = innermost(self.base).einsum_str
+        _, axes_a, axes_b = self._equations(einsum)
+        return jnp.einsum(_equation(axes_a, axes_b, _einsum_axes(einsum)[1]), a, b, precision=_HIGHEST)
+
+
+def _einsum_axes(einsum: str | None) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    if not einsum:
+        raise JpeftError("LoRA: an Einsum that gets its string at call time cannot be adapted; exclude it")
+    operands, output = einsum.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")
+    if "." in kernel:
+        raise JpeftError(f"LoRA: Einsum {einsum!r} has an ellipsis in its kernel and cannot be adapted; exclude it")
+    axes = [tuple(part.replace("...", ".")) for part in (inputs, kernel, output)]
+    return axes[0], axes[1], axes[2]
+
+
+def _equation(left: tuple[str, ...], right: tuple[str, ...], out: tuple[str, ...]) -> str:
+    used = {axis for axis in (*left, *right, *out) if len(axis) == 1}
+    free = next(letter for letter in "rzyxwvutsqponmlkjihgfedcba" if letter not in used)
+
+    def written(axes: tuple[str, ...]) -> str:
+        return "".join("..." if axis == "." else free if axis == "rank" else axis for axis in axes)
+
+    return f"{written(left)},{written(right)}->{written(out)}"
+
+
+class LoRAConv(LoRAWrapper):
+    """On `nnx.Conv`: a convolution like the base's to r channels, then a 1x1 convolution; both grouped as the base."""
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        groups = innermost(self.base).feature_group_count
+        if rank % groups:
+            raise JpeftError(f"LoRA: rank={rank} is no multiple of the convolution's feature_group_count={groups}")
+        *window, features_in, features_out = kinds.own_shape(self.base)
+        return (*window, features_in, rank), (rank // groups, features_out)
+
+    def __call__(self, x: Float[Array, "..."], **kwargs: Any) -> Float[Array, "..."]:
+        y = self.base(x, **kwargs)
+        a, b, scale = self.parts(y)
+        # The base's own code with another kernel: padding modes, strides and dilations stay exactly its own.
+        down = nnx.clone(innermost(self.base))
+        down.kernel, down.bias, down.use_bias = nnx.Variable(a), None, False
+        down.out_features, down.mask = a.shape[-1], None
+        h = down(self.dropout(x.astype(y.dtype))) * scale
+        groups = down.feature_group_count
+        grouped = h.reshape(*h.shape[:-1], groups, -1)
+        update = jnp.einsum("...gr,rgo->...go", grouped, b.reshape(b.shape[0], groups, -1))
+        return y + update.reshape(y.shape)
+
+    def delta(self, a: Array, b: Array) -> Array:
+        groups = innermost(self.base).feature_group_count
+        split_a = a.reshape(*a.shape[:-1], groups, -1)
+        split_b = b.reshape(b.shape[0], groups, -1)
+        made = jnp.einsum("...gr,rgo->...go", split_a, split_b, precision=_HIGHEST)
+        return made.reshape(*a.shape[:-1], -1)
+
+
+class LoRAEmbed(LoRAWrapper):
+    """On `nnx.Embed`, looked up and, for a tied head, attended to: the same update serves both."""
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        vocabulary, features = kinds.own_shape(self.base)
+        return (vocabulary, rank), (rank, features)
+
+    @staticmethod
+    def start(
+        key: jax.Array, shape_a: tuple[int, ...], shape_b: tuple[int, ...], init: str
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        return jnp.zeros(shape_a), jax.random.normal(key, shape_b)
+
+    def __call__(self, ids: Int[Array, "..."], **kwargs: Any) -> Float[Array, "... features"]:
+        y = self.base(ids, **kwargs)
+        a, b, scale = self.parts(y)
+        return y + (jnp.take(a, ids, axis=0) * scale) @ b
+
+    def attend(self, query: Float[Array, "... features"], **kwargs: Any) -> Float[Array, "... vocabulary"]:
+        """Inner products with the adapted embedding, as `nnx.Embed.attend`."""
+        y = self.base.attend(query, **kwargs)
+        a, b, scale = self.parts(y)
+        return y + low_rank(query.astype(y.dtype), b.T, a.T, scale)
+
+    def delta(self, a: Array, b: Array) -> Array:
+        return jnp.matmul(a, b, precision=_HIGHEST)
+
+
+FORMS: dict[type[nnx.Module], type[LoRAWrapper]] = {
+    nnx.Linear: LoRALinear,
+    nnx.LinearGeneral: LoRALinearGeneral,
+    nnx.Einsum: LoRAEinsum,
+    nnx.Conv: LoRAConv,
+    nnx.Embed: LoRAEmbed,
+}
