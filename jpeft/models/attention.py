@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +45,11 @@ class Attention:
         """
         if self.implementation == "pallas":
             return _flash(q, k, v, mask, bias, is_causal, scale)
-        name = self.implementation
-        if name == "cudnn" and jax.default_backend() != "gpu":
+        if self.implementation == "cudnn" and jax.default_backend() != "gpu":
             raise JpeftError(f'attention="cudnn" needs a GPU, this is {jax.default_backend()!r}; use attention="xla"')
+        name: Any = self.implementation
         return jax.nn.dot_product_attention(
-            q, k, v, bias=bias, mask=mask, is_causal=is_causal, scale=scale, implementation=name  # type: ignore[arg-type]
+            q, k, v, bias=bias, mask=mask, is_causal=is_causal, scale=scale, implementation=name
         )
 
 
@@ -100,13 +101,11 @@ def segment_mask(segment_ids: jax.Array) -> jax.Array:
     return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
 
 
-def token_positions(mask: jax.Array | None, segment_ids: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+def token_positions(mask: jax.Array | None, segment_ids: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
     """Positions [B, T] counted over real tokens, from 0 in every segment; padding before the first token is at 0."""
     real = jnp.ones(shape, jnp.int32) if mask is None else mask.astype(bool).astype(jnp.int32)
     count = jnp.cumsum(real, axis=1)
     if segment_ids is not None:
-        starts = jnp.concatenate(
-            [jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
-        )
+        starts = jnp.concatenate([jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
         count -= jax.lax.cummax(jnp.where(starts, count - real, 0), axis=1)
     return jnp.maximum(count - 1, 0)

@@ -23,7 +23,10 @@ _C = TypeVar("_C", bound="Config")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What all families share. `eos_token_id` holds every id that ends a text; `source` is the JSON it was read from."""
+    """What all families share.
+
+    eos_token_id: every id that ends a text. labels: names of the classes. source: the JSON it was read from.
+    """
 
     model_type: str
     vocab_size: int

@@ -135,7 +135,7 @@ def checkpoint_key(model: Model, found: Family, dotted: str) -> str:
     key = f"{stem}.{_SPELLING.get(kind, kind)}"
     for pattern, replacement in found.renames:
         key = re.sub(pattern, replacement, key)
-    if not model.base_prefix or dotted.split(".")[0] in model.heads:
+    if not model.base_prefix or dotted.split(".", maxsplit=1)[0] in model.heads:
         return key
     return f"{model.base_prefix}.{key}"
 

@@ -1,4 +1,4 @@
-"""Layers that the families share: norms, activations, and linear and embedding layers with Hugging Face's initial values.
+"""Layers that the families share: norms, activations, linear and embedding layers with Hugging Face's initial values.
 
 RMSNorm and the elementwise products have custom VJPs whose residuals are their inputs: autodiff would keep every
 intermediate of theirs alive until the backward pass.
@@ -116,9 +116,7 @@ def normal(stddev: float) -> Callable[..., jax.Array]:
 
 def linear(inputs: int, outputs: int, *, bias: bool, stddev: float, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     """`nnx.Linear` with a kernel [in, out] from normal(0, stddev) and a zero bias."""
-    return nnx.Linear(
-        inputs, outputs, use_bias=bias, kernel_init=normal(stddev), param_dtype=param_dtype, rngs=rngs
-    )
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=normal(stddev), param_dtype=param_dtype, rngs=rngs)
 
 
 def embed(count: int, features: int, *, stddev: float, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Embed:

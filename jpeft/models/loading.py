@@ -95,7 +95,14 @@ def from_config(
 
 
 def _build(
-    found: Family, config: Config, task: str, dtype: Any, pooling: str | None, remat: bool, attention: str, rngs: nnx.Rngs
+    found: Family,
+    config: Config,
+    task: str,
+    dtype: Any,
+    pooling: str | None,
+    remat: bool,
+    attention: str,
+    rngs: nnx.Rngs,
 ) -> Model:
     if pooling not in POOLINGS:
         raise JpeftError(f"pooling={pooling!r}: choose None (Hugging Face's own) or 'mean'")
@@ -203,7 +210,8 @@ def _fill(model: Model, found: Family, source: TensorSource, dtype: Any, rngs: n
     new = _new_parts(model, wanted, stored, tensors, relabelled)
     graphdef, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
-    report, used = _Report(), set()
+    report = _Report()
+    used: set[str] = set()
     key = rngs.params() if new else None
     for slot in wanted:
         if slot.path[0] in new:

@@ -7,6 +7,7 @@ them it holds static attributes:
     task          "causal-lm", "sequence-classification", ... ("base" has no head)
     base_prefix   what the checkpoint puts before the names of everything but the heads ("model", "bert", ...)
     heads         attributes that are output heads; "all-linear" leaves them out
+    pooling       how a classifier sums up a sequence: None for Hugging Face's way, or "mean"
     renewable     attributes that may be missing in a checkpoint and are then made anew, trainable
 """
 
@@ -62,6 +63,7 @@ class Model(nnx.Module):
     renewable: tuple[str, ...] = ()
     base_prefix: str = ""
     task: str = "base"
+    pooling: str | None = None
 
     def __init__(self, config: Config):
         self.config = config

@@ -98,7 +98,9 @@ def parse_rope(fields: Fields, context: int) -> Rope:
         raise inner.refuse("factor", "a number from 1 up")
     if kind in ("linear", "dynamic"):
         return Rope(theta, kind, factor, context)
-    length = inner.integer("original_max_position_embeddings", fields.raw.get("original_max_position_embeddings", context))
+    length = inner.integer(
+        "original_max_position_embeddings", fields.raw.get("original_max_position_embeddings", context)
+    )
     if kind == "llama3":
         low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
         if high <= low:

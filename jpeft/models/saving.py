@@ -14,7 +14,7 @@ from jpeft import surgery
 from jpeft.errors import JpeftError
 from jpeft.models.families import Slot, family, slots
 from jpeft.models.model import Model
-from jpeft.models.tensors import TensorInfo, WEIGHTS, write_safetensors, write_whole
+from jpeft.models.tensors import WEIGHTS, TensorInfo, write_safetensors, write_whole
 from jpeft.wrapper import Wrapper
 
 
@@ -28,7 +28,9 @@ def save(model: Model, folder: str | Path) -> Path:
     """
     if not isinstance(model, Model):
         wrapped = isinstance(model, Wrapper)
-        raise JpeftError(_WRAPPED if wrapped else f"save: expected a model of jpeft.models, found {type(model).__name__}")
+        raise JpeftError(
+            _WRAPPED if wrapped else f"save: expected a model of jpeft.models, found {type(model).__name__}"
+        )
     wrappers = [path for path, module in surgery.modules(model) if isinstance(module, Wrapper)]
     if wrappers:
         at = [".".join(map(str, path)) for path in wrappers[:5]]
@@ -75,7 +77,7 @@ def _config(model: Model) -> dict[str, Any]:
     if model.task in ("sequence-classification", "token-classification"):
         raw["id2label"] = {str(index): name for index, name in enumerate(config.labels)}
         raw["label2id"] = {name: index for index, name in enumerate(config.labels)}
-    if getattr(model, "pooling", None) is not None:
+    if model.pooling is not None:
         raw["classifier_pooling"] = model.pooling
     return raw
 

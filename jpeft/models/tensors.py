@@ -157,7 +157,9 @@ class SafetensorsFolder:
             file = SafetensorsFile(path)
             for name in file.tensors:
                 if name in self._files:
-                    raise JpeftError(f"{folder}: tensor {name!r} stands in {self._files[name].path.name} and {path.name}")
+                    raise JpeftError(
+                        f"{folder}: tensor {name!r} stands in {self._files[name].path.name} and {path.name}"
+                    )
                 self._files[name] = file
         for name, shard in _index(folder).items():
             if name not in self._files or self._files[name].path.name != shard:
@@ -184,7 +186,9 @@ def _index(folder: Path) -> dict[str, str]:
     for name in set(table.values()):
         # A plain file name cannot lead out of the folder. Links may: huggingface_hub's cache is made of them.
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise JpeftError(f"{path}: weight_map points to {name!r}: expected the name of a .safetensors file beside it")
+            raise JpeftError(
+                f"{path}: weight_map points to {name!r}: expected the name of a .safetensors file beside it"
+            )
         if not (folder / name).is_file():
             raise JpeftError(f"{path}: the file {name!r} is missing; get the checkpoint again")
     return table
@@ -220,7 +224,9 @@ def write_safetensors(
         offset = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    write_whole(path, (chunk for part in ([struct.pack("<Q", len(text)), text], _chunks(order, read)) for chunk in part))
+    write_whole(
+        path, (chunk for part in ([struct.pack("<Q", len(text)), text], _chunks(order, read)) for chunk in part)
+    )
 
 
 def _chunks(order: Iterable[str], read: Callable[[str], np.ndarray]) -> Iterable[bytes | memoryview]:
