@@ -1,0 +1,303 @@
+"""T5 in all its versions (Raffel et al. 2020, arXiv:1910.10683): 1.0, 1.1 (gated, with its own output layer), Flan-T5.
+
+What is particular to T5: no absolute positions but a learned bias per head and bucket of relative distance, one table a
+stack, added to unscaled attention scores; norms without mean or bias; heads whose width need not divide the model's.
+Attributes have the checkpoint's names, except that `relative_attention_bias`, which files keep in the first block,
+stands beside the blocks, so that all blocks have one structure:
+
+    shared    lm_head    classification_head.{dense,out_proj}    classifier
+    encoder.block.layer.0.{SelfAttention.{q,k,v,o},layer_norm}
+    encoder.block.layer.1.{DenseReluDense.{wi | wi_0,wi_1,wo},layer_norm}
+    encoder.{relative_attention_bias,final_layer_norm}
+    decoder: the same, with layer.1.{EncDecAttention.{q,k,v,o},layer_norm} and the feed-forward as layer.2
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jpeft.errors import JpeftError
+from jpeft.models.attention import Attention, causal_mask, padding_mask
+from jpeft.models.config import Fields
+from jpeft.models.encoder_decoder_layers import EncoderDecoderConfig, T5Stack
+from jpeft.models.families import Family
+from jpeft.models.layers import ACTIVATIONS, embed, linear
+from jpeft.models.model import Model, check_mask, check_tokens, compiled
+
+Cache = dict[str, jax.Array]
+
+_CROSS = ("cross_k", "cross_v")
+
+
+def shift_right(labels: jax.Array, *, start: int, pad: int) -> jax.Array:
+    """Decoder inputs for `labels` [..., T]: moved right by one behind `start`, ignored labels (-100) as `pad`."""
+    shifted = jnp.roll(labels, 1, axis=-1).at[..., 0].set(start)
+    return jnp.where(shifted == -100, pad, shifted)
+
+
+class T5(Model):
+    """Encoder and decoder without a head: the decoder's last hidden state [B, T, D].
+
+    Called as `model(input_ids, attention_mask=None, decoder_input_ids=ids, decoder_attention_mask=None)`, all of them
+    [batch, tokens]; `shift_right(labels)` makes the decoder's input from labels.
+
+    Step by step: `encoded = model.encode(input_ids, mask)`, `cache = model.init_cache(batch, length)`, then as often as
+    wanted `logits, cache = model.decode(ids, encoded=encoded, encoder_mask=mask, cache=cache)`. The first call computes
+    the cross-attention's keys and values and adds them to the cache; later calls read them there.
+    """
+
+    config: EncoderDecoderConfig
+
+    def __init__(
+        self,
+        config: EncoderDecoderConfig,
+        *,
+        param_dtype: Any,
+        pooling: str | None,
+        remat: bool,
+        attention: Attention,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(config)
+        self.pooling = pooling
+        self.param_dtype = jnp.dtype(param_dtype)
+        self.shared = embed(
+            config.vocab_size,
+            config.hidden_size,
+            stddev=config.initializer_factor,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+        def stack(decoder: bool) -> T5Stack:
+            return T5Stack(config, attention, decoder=decoder, remat=remat, param_dtype=param_dtype, rngs=rngs)
+
+        self.encoder = stack(False)
+        self.decoder = stack(True)
+
+    def forward(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        return self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """The decoder's last hidden state [B, T, D]."""
+        if decoder_input_ids is None:
+            raise JpeftError(
+                "decoder_input_ids is missing: an encoder-decoder needs the tokens so far (model.shift_right(labels) "
+                "makes them from labels)"
+            )
+        encoded = self.encode(input_ids, attention_mask)
+        return self._decode(decoder_input_ids, encoded, attention_mask, decoder_attention_mask, None)[0]
+
+    @compiled
+    def encode(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        """The encoder's output [B, S, D]."""
+        check_tokens("input_ids", input_ids)
+        check_mask("attention_mask", attention_mask, input_ids)
+        return self.encoder(self.shared(input_ids), mask=padding_mask(attention_mask))[0]
+
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+        """An empty cache for `length` tokens of `batch` rows; dtype: default the parameters'."""
+        config = self.config
+        shape = (config.num_decoder_layers, batch, length, config.num_heads, config.d_kv)
+        dtype = self.param_dtype if dtype is None else dtype
+        return {
+            "k": jnp.zeros(shape, dtype),
+            "v": jnp.zeros(shape, dtype),
+            "mask": jnp.zeros((batch, length), bool),
+            "positions": jnp.zeros((batch,), jnp.int32),
+            "index": jnp.zeros((), jnp.int32),
+        }
+
+    @compiled
+    def decode(
+        self,
+        decoder_input_ids: jax.Array,
+        *,
+        encoded: jax.Array | None = None,
+        encoder_mask: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """What the model gives for decoder tokens [B, T], after the encoder: logits, or (logits, cache) with a cache.
+
+        encoded: [B, S, D] from `encode`; not needed once the cache holds its keys and values. encoder_mask: the
+        encoder's attention mask [B, S]. decoder_attention_mask: [B, T], of the tokens given here.
+        """
+        hidden, new = self._decode(decoder_input_ids, encoded, encoder_mask, decoder_attention_mask, cache)
+        outputs = self.output(hidden)
+        return outputs if new is None else (outputs, new)
+
+    def output(self, hidden: jax.Array) -> jax.Array:
+        """What `decode` gives for the decoder's hidden state [B, T, D]."""
+        return hidden
+
+    def _decode(
+        self,
+        decoder_input_ids: jax.Array,
+        encoded: jax.Array | None,
+        encoder_mask: jax.Array | None,
+        decoder_mask: jax.Array | None,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        check_tokens("decoder_input_ids", decoder_input_ids)
+        check_mask("decoder_attention_mask", decoder_mask, decoder_input_ids)
+        if encoded is None and (cache is None or _CROSS[0] not in cache):
+            raise JpeftError("encoded is missing: pass what model.encode(input_ids, attention_mask) gave")
+        x, tokens = self.shared(decoder_input_ids), decoder_input_ids.shape[1]
+        cross = padding_mask(encoder_mask)
+        if cache is None:
+            mask = causal_mask(tokens, tokens)
+            if decoder_mask is not None:
+                mask &= decoder_mask.astype(bool)[:, None, None, :]
+            return self.decoder(x, mask=mask, encoded=encoded, encoder_mask=cross)[0], None
+        if tokens > cache["mask"].shape[1]:
+            raise JpeftError(f"cache: {tokens} tokens do not fit into its length of {cache['mask'].shape[1]}")
+        slot, cache = cache["index"], dict(cache)
+        real = jnp.ones_like(decoder_input_ids, bool) if decoder_mask is None else decoder_mask.astype(bool)
+        cache["mask"] = jax.lax.dynamic_update_slice(cache["mask"], real, (0, slot))
+        cache["positions"] += real.sum(axis=1, dtype=jnp.int32)
+        cache["index"] = slot + tokens
+        if _CROSS[0] in cache:
+            encoded = None
+        else:
+            layers, batch, _, heads, width = cache["k"].shape
+            assert encoded is not None
+            empty = jnp.zeros((layers, batch, encoded.shape[1], heads, width), cache["k"].dtype)
+            cache.update(dict.fromkeys(_CROSS, empty))
+        names = ("k", "v", *_CROSS)
+        mask = causal_mask(tokens, cache["mask"].shape[1], slot) & cache["mask"][:, None, None, :]
+        hidden, written = self.decoder(
+            x,
+            {name: cache[name] for name in names},
+            first=slot,
+            slot=slot,
+            mask=mask,
+            encoded=encoded,
+            encoder_mask=cross,
+        )
+        return hidden, {**cache, **written}
+
+    def shift_right(self, labels: jax.Array) -> jax.Array:
+        """Decoder inputs for `labels` [..., T]: moved right by one, behind the config's `decoder_start_token_id`."""
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or pad is None:
+            raise JpeftError("shift_right: config.json names no decoder_start_token_id or no pad_token_id; add them")
+        return shift_right(labels, start=start, pad=pad)
+
+
+class T5ForConditionalGeneration(T5):
+    """Logits [B, T, V] for each decoder token."""
+
+    task = "seq2seq-lm"
+    heads = ("lm_head",)
+
+    def __init__(self, config: EncoderDecoderConfig, *, param_dtype: Any, rngs: nnx.Rngs, **settings: Any):
+        super().__init__(config, param_dtype=param_dtype, rngs=rngs, **settings)
+        if not config.tie_word_embeddings:
+            self.lm_head = linear(
+                config.hidden_size,
+                config.vocab_size,
+                bias=False,
+                stddev=config.initializer_factor,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+    def forward(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        return self.logits(self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask))
+
+    def output(self, hidden: jax.Array) -> jax.Array:
+        return self.logits(hidden)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits [B, T, V] of the decoder's hidden state [B, T, D]."""
+        if self.config.scale_outputs:
+            hidden = hidden * self.config.hidden_size**-0.5
+        return self.shared.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+
+
+def parse(fields: Fields) -> EncoderDecoderConfig:
+    """The configuration in a config.json of model_type "t5".
+
+    Version 1.1 says `tie_word_embeddings: false`, by which it means two things: an output layer of its own, and no
+    scaling. transformers 5 writes `scale_decoder_outputs` for the second and always true for the first.
+    """
+    width, layers = fields.integer("d_model", 512), fields.integer("num_layers", 6)
+    shared = fields.shared(
+        vocab_size=32128, hidden_size=width, num_hidden_layers=layers, pad_token_id=0, eos_token_id=1
+    )
+    scale = fields.flag("scale_decoder_outputs", shared["tie_word_embeddings"])
+    # A file may have an output layer although it claims to be tied: what is saved again must keep the scaling.
+    shared["source"] = json.dumps({**fields.raw, "scale_decoder_outputs": scale}, sort_keys=True)
+    kind = fields.text("feed_forward_proj", "relu")
+    gated, act = kind.startswith("gated-"), kind.removeprefix("gated-")
+    if act not in ACTIVATIONS:
+        raise fields.refuse("feed_forward_proj", f'one of {list(ACTIVATIONS)}, or "gated-" and one of them')
+    buckets = fields.integer("relative_attention_num_buckets", 32, minimum=4)
+    decoders = fields.optional_integer("num_decoder_layers")
+    return EncoderDecoderConfig(
+        **shared,
+        d_kv=fields.integer("d_kv", 64),
+        d_ff=fields.integer("d_ff", 2048),
+        num_heads=fields.integer("num_heads", 8),
+        num_decoder_layers=layers if decoders is None else decoders,
+        relative_attention_num_buckets=buckets,
+        relative_attention_max_distance=fields.integer(
+            "relative_attention_max_distance", 128, minimum=buckets // 2 + 1
+        ),
+        layer_norm_epsilon=fields.number("layer_norm_epsilon", 1e-6),
+        initializer_factor=fields.number("initializer_factor", 1.0),
+        act="gelu_new" if kind == "gated-gelu" else act,
+        gated=gated,
+        scale_outputs=scale,
+        decoder_start_token_id=fields.token("decoder_start_token_id", shared["pad_token_id"]),
+    )
+
+
+FAMILIES = {
+    "t5": Family(
+        model_type="t5",
+        parse=parse,
+        classes={"base": T5, "seq2seq-lm": T5ForConditionalGeneration},
+        architectures={
+            "T5Model": "base",
+            "T5ForConditionalGeneration": "seq2seq-lm",
+            "T5WithLMHeadModel": "seq2seq-lm",
+        },
+        renames=(
+            (
+                r"^(encoder|decoder)\.relative_attention_bias\.",
+                r"\1.block.0.layer.0.SelfAttention.relative_attention_bias.",
+            ),
+        ),
+        tied=("lm_head.weight", "shared.weight"),
+        ignored=(
+            r"(encoder|decoder)\.embed_tokens\.weight",
+            r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+            r"lm_head\.weight",
+        ),
+    )
+}
