@@ -38,7 +38,8 @@ def _is_shared(path: Path, variable: Any) -> bool:
 
 def _split(layer: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """A stacked layer as (graphdef, variables with a layer axis, variables with `shared=True`, which have none)."""
-    graphdef, shared, stacked = nnx.split(layer, _is_shared, ...)
+    parts: Any = nnx.split(layer, _is_shared, ...)
+    graphdef, shared, stacked = parts
     return graphdef, stacked, shared
 
 

@@ -31,8 +31,8 @@ class Compose(Method):
             model = method.apply(model, key)
         return model
 
-    def parts(self) -> tuple[Method, ...]:
-        return tuple(part for method in self.methods for part in method.parts())
+    def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
+        return tuple(part for method in self.methods for part in method.recorded(model))
 
 
 def compose(*methods: Method) -> Compose:

@@ -91,14 +91,7 @@ class LoRA(Method):
             raise JpeftError(f"LoRA: name={self.name!r} is not an identifier")
 
     def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
-        chosen = resolve(
-            model,
-            targets=self.targets,
-            exclude=self.exclude,
-            layers=self.layers,
-            kinds=tuple(FORMS),
-            method=type(self).__name__,
-        )
+        chosen = self._resolve(model)
         prefix = getattr(model, "base_prefix", "") or ""
         ranks = Pattern(self.rank_pattern, field="rank_pattern", method="LoRA")
         alphas = Pattern(self.alpha_pattern, field="alpha_pattern", method="LoRA")
@@ -112,6 +105,19 @@ class LoRA(Method):
         ranks.check()
         alphas.check()
         return surgery.replace(model, replacements)
+
+    def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
+        if not any(callable(entry) for entry in (*self.targets, *self.exclude)):
+            return (self,)
+        found: list[str] = []
+        for node, layers in self._resolve(model):
+            found += [node.name] if layers is None else [node.expanded(member) for member in layers]
+        return (dataclasses.replace(self, targets=tuple(found), exclude=(), layers=None),)
+
+    def _resolve(self, model: nnx.Module) -> list[tuple[Node, Layers]]:
+        return resolve(
+            model, targets=self.targets, exclude=self.exclude, layers=self.layers, kinds=tuple(FORMS), method="LoRA"
+        )
 
     @property
     def _alpha(self) -> float:

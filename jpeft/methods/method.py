@@ -35,15 +35,15 @@ class Method:
             )
         adapted: Any = self.apply(surgery.map_variables(model, freeze), _key(rngs))
         # A static attribute: what made this model, in order, for saving and for people.
-        adapted.peft_methods = (*applied(model), *self.parts())
+        adapted.peft_methods = (*applied(model), *self.recorded(model))
         return adapted
 
     def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
         """`model` (a frozen copy, free to be held on to) with this method's wrappers."""
         raise NotImplementedError(f"{type(self).__name__} defines no apply")
 
-    def parts(self) -> tuple[Method, ...]:
-        """The methods this one consists of."""
+    def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
+        """The methods this one consists of, in a form that can be written to a file (predicates resolved to names)."""
         return (self,)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""Adapters on disk, through Orbax: written whole or not at all, and refused when they do not belong to the base.
+
+A saved adapter is an Orbax checkpoint with two parts, `adapter` (what trained) and `buffers` (scales and masks). Its
+metadata, plain JSON in `_CHECKPOINT_METADATA`, holds the methods' configurations and what identifies the base: shape and
+dtype of each of its arrays and a few of its values. It loads onto any mesh and any number of devices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jpeft.errors import JpeftError
+from jpeft.methods import Method, applied, compose, from_dict
+from jpeft.partition import Arrays, combine, partition
+
+FORMAT = "jpeft-adapter"
+VERSION = 1
+
+_SAMPLES = 8  # values of each base array that are remembered
+# bfloat16 keeps 8 bits: a base cast to it is still the same base.
+_SAMPLE_TOLERANCE = 2.0**-7
+_MOST_DIFFERENCES = 12
+
+
+def save_adapter(path: str | Path, model: nnx.Module, *, overwrite: bool = False) -> Path:
+    """Writes the adapter of `model` (trainable arrays and buffers, with the methods' configurations) to folder `path`.
+
+    Every process of a multi-process run calls this. Raises JpeftError if there is nothing to save or if `path` exists
+    and `overwrite` is not set.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = Path(path).absolute()
+    _, adapter, buffers, frozen = partition(model)
+    if not adapter:
+        raise JpeftError(f"save_adapter({str(path)!r}): the model has nothing trainable; apply a method first")
+    if path.exists() and not overwrite:
+        raise JpeftError(f"save_adapter: {str(path)!r} exists; choose another folder or pass overwrite=True")
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "methods": [method.to_dict() for method in applied(model)],
+        "base": _fingerprint(frozen),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ocp.save_checkpointables(
+            path, _parts(adapter, buffers), overwrite=overwrite and path.exists(), custom_metadata=metadata
+        )
+    except OSError as error:
+        raise JpeftError(f"save_adapter: cannot write {str(path)!r}: {error}") from error
+    return path
+
+
+def load_adapter(path: str | Path, base_model: Any, *, check_base: bool = True) -> Any:
+    """`base_model` with the adapter saved at `path`: the methods are applied again and their arrays restored.
+
+    Raises JpeftError, with all differences listed, if `path` is no adapter, was written by a newer version, names an
+    unknown method, or was trained on another base. check_base=False accepts a base with other values of the same shapes.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = Path(path).absolute()
+    metadata = read_metadata(path)
+    methods = _methods(path, metadata)
+    frozen = partition(base_model).frozen
+    differences = _compare_base(metadata.get("base", {}), frozen, values=check_base)
+    if differences:
+        _refuse(path, "was trained on another base", differences)
+
+    adapted = _apply_abstract(path, methods, base_model)
+    graphdef, adapter, buffers, _ = partition(adapted)
+    wanted = _parts(adapter, buffers)
+    differences = _compare_arrays(_on_disk(path), wanted)
+    if differences:
+        _refuse(path, "does not fit this model", differences)
+    sharding = _sharding(frozen)
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), wanted)
+    try:
+        loaded = ocp.load_checkpointables(path, target)
+    except Exception as error:  # Orbax and TensorStore raise many kinds; all of them mean a damaged checkpoint
+        raise JpeftError(f"load_adapter: the arrays of {str(path)!r} cannot be read: {error}") from error
+    return combine(graphdef, loaded["adapter"], loaded.get("buffers", {}), frozen)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON beside the arrays of a saved adapter. Raises JpeftError if `path` is not one."""
+    if not path.is_dir():
+        raise JpeftError(f"load_adapter: there is no folder {str(path)!r}")
+    file = path / "_CHECKPOINT_METADATA"
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8")).get("custom_metadata")
+    except (OSError, ValueError, AttributeError) as error:
+        raise JpeftError(f"load_adapter: {str(path)!r} is no complete jpeft adapter: {error}") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise JpeftError(f"load_adapter: {str(path)!r} is an Orbax checkpoint, but not an adapter that jpeft saved")
+    version = metadata.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise JpeftError(
+            f"load_adapter: {str(path)!r} has format version {version!r}; this jpeft reads up to {VERSION}: upgrade it"
+        )
+    return metadata
+
+
+def _methods(path: Path, metadata: dict[str, Any]) -> tuple[Method, ...]:
+    try:
+        return tuple(from_dict(config) for config in metadata.get("methods", ()))
+    except (JpeftError, TypeError, AttributeError) as error:
+        raise JpeftError(f"load_adapter: the configuration in {str(path)!r} cannot be used: {error}") from error
+
+
+def _apply_abstract(path: Path, methods: tuple[Method, ...], base_model: Any) -> Any:
+    if not methods:  # a head alone was trained
+        return nnx.eval_shape(lambda: nnx.clone(base_model))
+    try:
+        return nnx.eval_shape(lambda: compose(*methods)(base_model, rngs=0))
+    except JpeftError as error:
+        raise JpeftError(f"load_adapter: {str(path)!r} does not fit this model: {error}") from error
+
+
+def _parts(adapter: Arrays, buffers: Arrays) -> dict[str, Arrays]:
+    return {"adapter": adapter, **({"buffers": buffers} if buffers else {})}  # Orbax takes no empty tree
+
+
+def _on_disk(path: Path) -> dict[str, dict[str, Any]]:
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        parts = ocp.checkpointables_metadata(path).metadata
+        return {name: dict(parts[name]) for name in ("adapter", "buffers") if name in parts}
+    except Exception as error:  # see load_adapter
+        raise JpeftError(f"load_adapter: {str(path)!r} is damaged: {error}") from error
+
+
+def _compare_arrays(found: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Arrays]) -> list[str]:
+    said = []
+    for part in sorted({*found, *wanted}):
+        here, there = wanted.get(part, {}), found.get(part, {})
+        said += [f"{part} {key!r} is missing in the file" for key in here if key not in there]
+        said += [f"{part} {key!r} has no place in the model" for key in there if key not in here]
+        for key in here.keys() & there.keys():
+            ours, theirs = tuple(here[key].shape), tuple(there[key].shape)
+            if ours != theirs:
+                said.append(f"{part} {key!r} has shape {theirs} in the file and {ours} in the model")
+    return said
+
+
+def _refuse(path: Path, why: str, differences: list[str]) -> None:
+    shown = differences[:_MOST_DIFFERENCES]
+    more = len(differences) - len(shown)
+    lines = "\n  - ".join([*shown, *([f"and {more} more"] if more else [])])
+    raise JpeftError(f"load_adapter: the adapter in {str(path)!r} {why}:\n  - {lines}")
+
+
+def _sharding(frozen: Arrays) -> Any:
+    """Where restored arrays go: replicated over the base's mesh, or on the base's device."""
+    shardings = [array.sharding for array in frozen.values() if isinstance(array, jax.Array)]
+    for sharding in shardings:
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+    device = next(iter(shardings[0].device_set)) if shardings else jax.local_devices()[0]
+    return jax.sharding.SingleDeviceSharding(device)
+
+
+def _fingerprint(frozen: Arrays) -> dict[str, Any]:
+    """Shape, dtype and a few values of each floating-point array: what a base is recognised by."""
+    return {
+        key: {"shape": list(array.shape), "dtype": str(array.dtype), "values": values}
+        for key, array, values in _samples(frozen)
+    }
+
+
+def _samples(frozen: Arrays) -> list[tuple[str, Any, list[float]]]:
+    floats = {k: v for k, v in frozen.items() if hasattr(v, "dtype") and jnp.issubdtype(v.dtype, jnp.floating)}
+    concrete = {key: array for key, array in floats.items() if not isinstance(array, jax.ShapeDtypeStruct)}
+    meshes = [a.sharding.mesh for a in concrete.values() if isinstance(getattr(a, "sharding", None), NamedSharding)]
+
+    def pick(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {key: array[_places(array.shape)].astype(jnp.float32) for key, array in arrays.items()}
+
+    # Replicated, so that each process of several holds all values.
+    out = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    picked = jax.device_get(jax.jit(pick, out_shardings=out)(concrete)) if concrete else {}
+    return [(key, array, [float(v) for v in picked.get(key, ())]) for key, array in floats.items()]
+
+
+def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    size = math.prod(shape)
+    # Not evenly spread: a stride that divides the row length would look at a single column.
+    flat = (np.arange(_SAMPLES, dtype=np.int64) * (size // _SAMPLES + 1) + size // 3) % max(size, 1)
+    return np.unravel_index(flat, shape) if shape else ()
+
+
+def _compare_base(saved: Mapping[str, Any], frozen: Arrays, *, values: bool) -> list[str]:
+    said = []
+    present = {key: (array, sample) for key, array, sample in _samples(frozen)}
+    said += [f"the base has no array {key!r}" for key in saved if key not in present]
+    said += [f"the base has an array {key!r} that was not there" for key in present if key not in saved]
+    for key in [key for key in saved if key in present]:
+        array, sample = present[key]
+        was = saved[key]
+        if list(was["shape"]) != list(array.shape):
+            said.append(f"{key!r} had shape {tuple(was['shape'])} and has {tuple(array.shape)}")
+        elif values and sample and was["values"]:
+            then, now = np.array(was["values"]), np.array(sample)
+            largest = max(float(np.max(np.abs(then))), 1e-30)
+            if not np.allclose(then, now, rtol=0, atol=_SAMPLE_TOLERANCE * largest):
+                said.append(f"the values of {key!r} differ (a few compared: {then[0]:.4g} then, {now[0]:.4g} now)")
+    return said
