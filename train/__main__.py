@@ -1,0 +1,5 @@
+"""`python -m train` is `jpeft`."""
+
+from train.cli import main
+
+main()

@@ -1,0 +1,108 @@
+"""Which rows form which step, and the arrays of a step.
+
+The order is a pure function of seed, epoch and position, so that a run can go on anywhere. Rows are grouped by length
+into a few buckets: a run compiles one program per bucket, and little of a batch is padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from train.examples import Example
+
+IGNORED = -100  # the label of tokens that are not learnt
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The rows of one optimizer step, padded to `length` tokens; positions in the list of examples."""
+
+    rows: tuple[int, ...]
+    length: int
+
+
+def edges(lengths: Sequence[int], most: int = 3) -> tuple[int, ...]:
+    """At most `most` bucket lengths for rows of these lengths: half of the rows, nine tenths, all."""
+    ordered = np.sort(np.asarray(lengths))
+    shares = (0.5, 0.9, 1.0)[-most:]
+    chosen = [int(ordered[min(len(ordered) - 1, int(share * len(ordered)))]) for share in shares]
+    return tuple(sorted({_rounded(length) for length in chosen}))
+
+
+def _rounded(length: int) -> int:
+    step = 8 if length <= 128 else 32 if length <= 512 else 128
+    return -(-length // step) * step
+
+
+def plan(lengths: Sequence[int], buckets: Sequence[int], size: int, seed: int, epoch: int) -> list[Window]:
+    """The windows of `size` rows of an epoch, in order; one of them may be smaller.
+
+    Rows left over in a bucket move up to the next longer one, so every row is used once.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    order = generator.permutation(len(lengths))
+    where = np.searchsorted(np.asarray(buckets), np.asarray(lengths)[order])
+    windows: list[Window] = []
+    left: list[int] = []
+    for number, length in enumerate(buckets):
+        rows = left + [int(row) for row in order[where == number]]
+        whole = len(rows) // size * size
+        windows += [Window(tuple(rows[start : start + size]), length) for start in range(0, whole, size)]
+        left = rows[whole:]
+    if left:
+        windows.append(Window(tuple(left), buckets[-1]))
+    return [windows[index] for index in generator.permutation(len(windows))]
+
+
+def in_order(lengths: Sequence[int], buckets: Sequence[int], size: int) -> list[Window]:
+    """Windows for evaluation: every row once, by bucket."""
+    where = np.searchsorted(np.asarray(buckets), np.asarray(lengths))
+    windows = []
+    for number, length in enumerate(buckets):
+        rows = [int(row) for row in np.flatnonzero(where == number)]
+        windows += [Window(tuple(rows[start : start + size]), length) for start in range(0, len(rows), size)]
+    return windows
+
+
+def most_targets(examples: Sequence[Example]) -> int:
+    """The largest number of learnt tokens in a row, rounded up: the width of `positions` in `arrays`."""
+    return _rounded(max(int(example.targets.sum()) for example in examples))
+
+
+def arrays(examples: Sequence[Example], window: Window, rows: int, targets: int) -> dict[str, np.ndarray]:
+    """A batch of `rows` rows: a window with fewer is filled up with copies of its first row that weigh nothing.
+
+    input_ids, attention_mask: [B, T] int32; token_type_ids likewise if the examples have types. positions: [B, K]
+    int32, where a learnt token is predicted, and labels: [B, K] int32, that token, or `IGNORED`; K is `targets`, or
+    T - 1 if that is less. Logits are then computed for what is learnt only. classes: [B] int32, `IGNORED` for rows that
+    weigh nothing.
+    """
+    chosen = [examples[row] for row in window.rows]
+    chosen += [chosen[0]] * (rows - len(chosen))
+    shape, width = (rows, window.length), min(targets, window.length - 1)
+    made: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in ("input_ids", "attention_mask")}
+    if chosen[0].types is not None:
+        made["token_type_ids"] = np.zeros(shape, np.int32)
+    made["positions"] = np.zeros((rows, width), np.int32)
+    made["labels"] = np.full((rows, width), IGNORED, np.int32)
+    made["classes"] = np.full(rows, IGNORED, np.int32)
+    for at, example in enumerate(chosen):
+        size = len(example)
+        made["input_ids"][at, :size] = example.ids
+        made["attention_mask"][at, :size] = 1
+        if example.types is not None:
+            made["token_type_ids"][at, :size] = example.types
+        if at < len(window.rows):
+            learnt = np.flatnonzero(example.targets)
+            made["positions"][at, : len(learnt)] = learnt - 1
+            made["labels"][at, : len(learnt)] = example.ids[learnt]
+            made["classes"][at] = example.label if example.label >= 0 else IGNORED
+    return made
+
+
+def split(batch: dict[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:
+    """A batch as `parts` micro-batches on a new leading axis."""
+    return {name: array.reshape(parts, array.shape[0] // parts, *array.shape[1:]) for name, array in batch.items()}

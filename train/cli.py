@@ -1,0 +1,108 @@
+"""The command line: `jpeft train`, `jpeft generate`, `jpeft merge`.
+
+JAX and everything that brings it are imported inside the commands, so that help appears at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Parameter-efficient fine-tuning in JAX: train an adapter, try it, merge it into the model.\n\n"
+    "Start with: jpeft train configs/quickstart.yaml",
+)
+
+
+class _Train(typer.core.TyperCommand):
+    """Prints the keys of the configuration behind the options."""
+
+    def format_help(self, ctx: typer.Context, formatter: object) -> None:  # type: ignore[override]
+        super().format_help(ctx, formatter)  # type: ignore[arg-type]
+        from train.schema import describe
+
+        formatter.write("\nKeys of the configuration:\n")  # type: ignore[attr-defined]
+        with formatter.indentation():  # type: ignore[attr-defined]
+            rows = [(key, f"{meaning} ({kind}; {_default(default)})") for key, kind, default, meaning in describe()]
+            formatter.write_dl(rows)  # type: ignore[attr-defined]
+
+
+def _default(default: str) -> str:
+    return default if default == "required" else f"default {default}"
+
+
+@app.command(cls=_Train)
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file that describes the run.", metavar="CONFIG.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys of the file to set otherwise.", metavar="[KEY=VALUE ...]")
+    ] = None,
+) -> None:
+    """Fine-tune a model as CONFIG.yaml describes, and score it before, during and after.
+
+    Example: jpeft train configs/quickstart.yaml training.learning_rate=1e-3 method.rank=16
+    """
+    from train.run import train as run
+
+    run(config, overrides or [])
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of its adapter.", metavar="RUN_OR_ADAPTER")],
+    prompt: Annotated[list[str], typer.Option(help="What to answer; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.", min=0.0)] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens only.", min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest tokens of this total.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice, when the temperature is above 0.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the run's template.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Ask the model without the adapter.")] = False,
+) -> None:
+    """Ask a trained model: it goes on from the prompt, or names the class of the text.
+
+    The prompt is put into the template that the run was trained with.
+
+    Example: jpeft generate runs/quickstart --prompt "Who wrote Hamlet ?"
+    """
+    from train.use import generate as answers
+
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    for line in answers(run, prompt, max_new_tokens=max_new_tokens, raw=raw, adapted=not base, sampling=sampling):
+        typer.echo(line)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    folder: Annotated[Path, typer.Argument(help="New folder for the merged model.", metavar="FOLDER")],
+) -> None:
+    """Fold the adapter into the model and write it as a Hugging Face folder, tokenizer included.
+
+    Example: jpeft merge runs/smollm2 merged, then AutoModelForCausalLM.from_pretrained("merged")
+    """
+    from train.use import merge as write
+
+    for line in write(run, folder):
+        typer.echo(line)
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is one message on standard error and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        if type(error).__name__ != "JpeftError":
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)

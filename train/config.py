@@ -1,0 +1,314 @@
+"""A configuration file and its overrides, checked completely before anything is loaded.
+
+All faults come in one message with file, line, key and nearest valid name. The keys are in `train.schema`; those of
+`method` are the fields of the dataclass registered under its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pydantic
+import yaml
+
+from jpeft.errors import JpeftError, nearest
+from train import schema
+from train import strict_yaml as sy
+from train.convert import convert_keys, missing
+from train.schema import Config
+from train.strict_yaml import Fault, Faults, Node
+
+# Names from other tools, for which likeness finds nothing.
+_KNOWN_AS = {
+    "lora_r": "rank",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+    "lr": "learning_rate",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "schedule",
+    "max_grad_norm": "clip",
+    "max_seq_length": "max_length",
+    "model_name_or_path": "source",
+    "base_model": "source",
+    "output_dir": "folder",
+    "eval_steps": "every",
+    "torch_dtype": "dtype",
+    "gradient_checkpointing": "remat",
+}
+
+# Keys that a method's dataclass leaves open because Python code may give more than a file can.
+_OPEN = {"targets": str | list[str], "exclude": str | list[str] | None, "layers": tuple[int, ...] | None}
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in `path` with `section.key=value` overrides.
+
+    Raises JpeftError with every fault found.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        beside = [str(other) for other in (*path.parent.glob("*.y*ml"), *Path("configs").glob("*.y*ml"))]
+        near = f"; did you mean {nearest(str(path), beside, 1)[0]}?" if beside else ""
+        raise JpeftError(f"{path}: no such file{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JpeftError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    faults: Faults = []
+    root = sy.read(text, faults)
+    if root is None and not faults:
+        faults.append(Fault("line 1", "", f"the file is empty; needed are {', '.join(_required())}"))
+    if root is not None:
+        for override in overrides:
+            root = _overridden(root, override, faults)
+        config = _build(root, faults)
+        if config is not None and not faults:
+            return config
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    listed = "\n".join(f"  {fault}" for fault in sorted(faults, key=lambda fault: fault.order))
+    raise JpeftError(f"{path}: {count} in the configuration\n{listed}")
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes every key, defaults included; `load` reads it back to the same configuration."""
+    path.write_text(dumps(config), encoding="utf-8")
+
+
+def dumps(config: Config) -> str:
+    """The configuration as the YAML that `load` reads."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every value that differs, but for where the run is written."""
+    before, after = (_flat(config.model_dump(mode="json", exclude={"output"})) for config in (old, new))
+    keys = dict.fromkeys((*before, *after))
+    return [
+        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
+
+
+def method_of(config: Config) -> Any:
+    """The method (or composition of methods) that the configuration names."""
+    import jpeft
+    from jpeft.methods import METHODS
+
+    entries = config.method if isinstance(config.method, list) else [config.method]
+    made = []
+    for entry in entries:
+        settings = {("name" if key == "adapter_name" else key): value for key, value in entry.items() if key != "name"}
+        made.append(METHODS[entry["name"]](**settings))
+    return made[0] if len(made) == 1 else jpeft.compose(*made)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text that looks like something else in quotes, so that strict reading gives text again."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    plain = Node(value, "")
+    looks = sy.null(plain)
+    for reader in (sy.boolean, sy.number):
+        try:
+            reader(plain)
+            looks = True
+        except sy.NotThis:
+            pass
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="'" if looks else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {k: v for name, item in value.items() for k, v in _flat(item, f"{key}.{name}" if key else name).items()}
+    return {key: value}
+
+
+def _required() -> list[str]:
+    return [name for name, field in Config.model_fields.items() if field.is_required()]
+
+
+def _overridden(root: Node, override: str, faults: Faults) -> Node:
+    """`root` with one `key.path=value` put in; the value follows the rules of the file."""
+    where = f"command line, {override}"
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        faults.append(Fault(where, "", "an override is written section.key=value, such as training.learning_rate=1e-3"))
+        return root
+    value = sy.read(text, faults, where) or Node("", where)
+    return _put(root, names, value, where)
+
+
+def _put(node: Node, names: Sequence[str], value: Node, where: str) -> Node:
+    if not names:
+        return value
+    children = dict(node.value) if isinstance(node.value, dict) else {}
+    below = children.get(names[0], Node({}, where))
+    children[names[0]] = _put(below, names[1:], value, where)
+    return Node(children, node.where)
+
+
+def _build(root: Node, faults: Faults) -> Config | None:
+    if not isinstance(root.value, dict):
+        faults.append(Fault(root.where, "", f"{sy.show(root)} is not a mapping of {', '.join(Config.model_fields)}"))
+        return None
+    children = root.value
+    faults += [
+        Fault(child.where, name, _unknown(name, "", list(Config.model_fields)))
+        for name, child in children.items()
+        if name not in Config.model_fields
+    ]
+    missing(_required(), root, "", faults)
+    values: dict[str, Any] = {}
+    for name, section in schema.sections().items():
+        if name in children:
+            values[name] = _section(section, children[name], name, faults)
+    if "method" in children:
+        values["method"] = _method(children["method"], faults)
+    if faults:
+        # Limits are checked all the same, so that one message has everything.
+        for name, section in schema.sections().items():
+            if name in values:
+                _validate(section, values[name], children[name], name, faults)
+        return None
+    sections = {
+        name: _validate(section, values[name], children[name], name, faults)
+        for name, section in schema.sections().items()
+        if name in values
+    }
+    if faults:
+        return None
+    config = Config(**{**values, **sections})
+    faults += _together(config, children)
+    return config
+
+
+def _section(section: type[schema.Section], node: Node, key: str, faults: Faults) -> dict[str, Any]:
+    annotations = {name: field.annotation for name, field in section.model_fields.items()}
+    made = convert_keys(node, annotations, key, faults, lambda name: _unknown(name, key, list(annotations)))
+    missing([name for name, field in section.model_fields.items() if field.is_required()], node, key, faults)
+    return made
+
+
+def _validate(section: type[schema.Section], values: dict[str, Any], node: Node, key: str, faults: Faults) -> Any:
+    try:
+        return section(**values)
+    except pydantic.ValidationError as error:
+        for entry in error.errors():
+            name = str(entry["loc"][0])
+            if entry["type"] != "missing":
+                child = node.value.get(name, node) if isinstance(node.value, dict) else node
+                message = entry["msg"].replace("Input should", "must")
+                faults.append(Fault(child.where, f"{key}.{name}", f"{entry['input']!r} {message}"))
+        return None
+
+
+def _method(node: Node, faults: Faults) -> Any:
+    if isinstance(node.value, list):
+        if not node.value:
+            faults.append(Fault(node.where, "method", "the list is empty; give at least one method"))
+        return [_one_method(child, f"method[{index}]", faults) for index, child in enumerate(node.value)]
+    return _one_method(node, "method", faults)
+
+
+def _one_method(node: Node, key: str, faults: Faults) -> dict[str, Any]:
+    from jpeft.methods import METHODS
+
+    listed = ", ".join(METHODS)
+    if not isinstance(node.value, dict) or "name" not in node.value:
+        faults.append(Fault(node.where, f"{key}.name", f"required: the method, one of {listed}"))
+        return {}
+    name = node.value["name"]
+    if name.value not in METHODS:
+        near = f"; did you mean {nearest(str(name.value), METHODS, 1)[0]}?"
+        faults.append(Fault(name.where, f"{key}.name", f"no method {sy.show(name)}; there are {listed}{near}"))
+        return {}
+    kind = METHODS[str(name.value)]
+    hints = get_type_hints(kind)
+    annotations: dict[str, Any] = {"name": str}
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if hint is Any and field.name in _OPEN:
+            hint = _OPEN[field.name]
+        annotations["adapter_name" if field.name == "name" else field.name] = hint
+    before = len(faults)
+    made = convert_keys(node, annotations, key, faults, lambda unknown: _unknown(unknown, key, list(annotations)))
+    if len(faults) == before:
+        try:
+            kind(**{("name" if k == "adapter_name" else k): value for k, value in made.items() if k != "name"})
+        except (JpeftError, TypeError) as error:
+            at = next((child for k, child in node.value.items() if f"{k}=" in str(error)), node)
+            faults.append(Fault(at.where, key, str(error)))
+    return made
+
+
+def _unknown(name: str, key: str, options: list[str]) -> str:
+    """What to say of an unknown key: the name meant, here or in another section."""
+    plain = name.replace("-", "_").lower()
+    meant = plain if plain in options else _KNOWN_AS.get(plain)
+    within = f"{key}." if key else ""
+    if meant in options:
+        return f"unknown key; did you mean {within}{meant}?"
+    for section, model in schema.sections().items():
+        if section != key and (plain in model.model_fields or meant in model.model_fields):
+            return f"unknown key here; did you mean {section}.{plain if plain in model.model_fields else meant}?"
+    of_methods = ("name", "rank", "alpha", "dropout", "targets", "exclude", "layers")
+    if not key.startswith("method") and (meant or plain) in of_methods:
+        return f"unknown key here; did you mean method.{meant or plain}?"
+    return f"unknown key; did you mean {within}{nearest(plain, options, 1)[0]}? (known: {', '.join(options)})"
+
+
+def _together(config: Config, children: Mapping[str, Node]) -> Faults:
+    """Faults in how keys go together."""
+    faults: Faults = []
+    data, where = config.data, children["data"].where
+
+    def fault(key: str, message: str) -> None:
+        node = children["data"].value
+        at = node[key].where if isinstance(node, dict) and key in node else where
+        faults.append(Fault(at, f"data.{key}", message))
+
+    forms = [name for name in ("label", "completion", "messages") if getattr(data, name) is not None]
+    if len(forms) > 1:
+        fault(forms[1], f"{' and '.join(forms)} are given; a run has one of label, completion, messages")
+    if data.completion is not None and data.prompt is None:
+        fault("completion", "needs data.prompt beside it")
+    if data.prompt is not None and data.completion is None:
+        fault("prompt", "needs data.completion beside it")
+    if (data.label is not None or not forms) and data.text is None:
+        fault("text", "required: the column with the text (or give prompt and completion, or messages)")
+    if forms and forms[0] != "label" and data.text is not None:
+        fault("text", f"does not go with {forms[0]}")
+    for name in ("text_pair", "labels"):
+        if getattr(data, name) is not None and data.label is None:
+            fault(name, "is for classification, which needs data.label")
+    task = config.model.task
+    if task == "sequence-classification" and data.label is None:
+        fault("label", "required for model.task sequence-classification")
+    if task == "causal-lm" and data.label is not None:
+        fault("label", "is for sequence-classification; model.task is causal-lm")
+    if config.model.pooling is not None and data.label is None:
+        fault("label", "required: model.pooling is for classification")
+    if sum(value is not None for value in (data.test_source, data.test_split)) and data.test_size is not None:
+        fault("test_size", "does not go with test_source or test_split")
+    if data.test_size is not None and data.test_size >= 1 and not float(data.test_size).is_integer():
+        fault("test_size", f"{data.test_size} is neither a number of rows nor a fraction below 1")
+    return faults

@@ -1,0 +1,176 @@
+"""From rows to examples: columns and templates, labels, and what is done with rows that do not fit.
+
+A missing column, an unknown label or a row without content is an error with file and line, or is counted and said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jpeft.errors import JpeftError, nearest
+from train import sources
+from train.examples import Example, Reader
+from train.schema import DataConfig
+from train.sources import Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """What a run trains on and is scored by.
+
+    form: "classification", "text", "completion" or "chat". labels: of a classification, in the order of the classes.
+    prompts, completions: of the held-out rows (completion form), by position in `test_rows`. choices: every completion
+    that occurs in the training rows. counts: what was cut or left out, by set.
+    """
+
+    form: str
+    train: list[Example]
+    test: list[Example]
+    train_rows: Rows
+    test_rows: Rows
+    labels: tuple[str, ...]
+    prompts: list[str]
+    completions: list[str]
+    choices: tuple[str, ...]
+    counts: dict[str, Counter[str]]
+
+
+class Template:
+    """A column, or text with columns in braces: `Question: {text}`."""
+
+    def __init__(self, given: str, key: str):
+        self._given, self._key = given, key
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(given) if name is not None]
+        except ValueError as error:
+            raise JpeftError(
+                f"data.{key}: {given!r} is no template: {error}; a brace itself is written twice"
+            ) from None
+        bad = [name for name in names if not name.isidentifier()]
+        if bad:
+            raise JpeftError(f"data.{key}: {given!r}: {{{bad[0]}}} is no column name; a brace itself is written twice")
+        self.columns: tuple[str, ...] = tuple(names) or (given,)
+        self._plain = not names
+
+    def __call__(self, row: dict[str, Any], place: str) -> str:
+        for column in self.columns:
+            if row[column] is None:
+                raise JpeftError(f"{place}: column {column!r}, which data.{self._key} uses, is empty")
+        return (
+            str(row[self._given]) if self._plain else self._given.format(**{name: row[name] for name in self.columns})
+        )
+
+
+def form_of(data: DataConfig) -> str:
+    """Which kind of rows a configuration describes."""
+    if data.label is not None:
+        return "classification"
+    return "completion" if data.completion is not None else "chat" if data.messages is not None else "text"
+
+
+def read_rows(data: DataConfig) -> tuple[Rows, Rows]:
+    """(training rows, held-out rows), with the columns that `data` names; nothing is tokenised yet."""
+    train, test = sources.load(data)
+    for rows in (train, test):
+        rows.require(_columns(data))
+    return train, test
+
+
+def labels_of(data: DataConfig, train: Rows) -> tuple[str, ...]:
+    """The classes of a classification; `()` for everything else."""
+    if data.label is None:
+        return ()
+    if data.labels is not None:
+        twice = [label for label, count in Counter(data.labels).items() if count > 1]
+        if twice:
+            raise JpeftError(f"data.labels: {twice[0]!r} is given twice")
+        return tuple(data.labels)
+    names = getattr(train.dataset.features[data.label], "names", None)
+    if names:
+        return tuple(names)
+    found = {value for value in train.dataset[data.label] if value is not None}
+    if len(found) < 2:
+        raise JpeftError(
+            f"{train.name}: column {data.label!r} has {len(found)} different labels in the training rows; 2 needed"
+        )
+    if len(found) > 1000:
+        raise JpeftError(f"{train.name}: column {data.label!r} has {len(found)} different values; is it the label?")
+    numbers = all(isinstance(value, int | float) for value in found)
+    return tuple(str(value) for value in (sorted(found) if numbers else sorted(found, key=str)))
+
+
+def prepare(
+    data: DataConfig, train: Rows, test: Rows, labels: Sequence[str], tokenizer: Any, max_length: int, *, types: bool
+) -> TaskData:
+    """Tokenised examples of both sets, at most `max_length` tokens each; types: whether the model takes token types.
+
+    Raises JpeftError where a set has nothing left.
+    """
+    form = form_of(data)
+    counts: dict[str, Counter[str]] = {}
+    made: dict[str, list[Example]] = {}
+    for name, rows in (("training", train), ("held-out", test)):
+        reader = Reader(tokenizer, max_length, types=types)
+        read = _row_reader(data, form, rows, labels, reader)
+        made[name] = [example for index, row in enumerate(rows.dataset) for example in read(row, index)]
+        counts[name] = +reader.counts
+        if not made[name]:
+            said = "; ".join(f"{count} {what}" for what, count in counts[name].items()) or "there are none"
+            raise JpeftError(f"{rows.name}: no {name} rows are left: {said}")
+    prompts, completions, choices = _answers(data, train, test) if form == "completion" else ([], [], ())
+    return TaskData(
+        form, made["training"], made["held-out"], train, test, tuple(labels), prompts, completions, choices, counts
+    )
+
+
+def _columns(data: DataConfig) -> list[str]:
+    if form_of(data) == "completion":
+        return [c for key in ("prompt", "completion") for c in Template(str(getattr(data, key)), key).columns]
+    return [c for c in (data.text, data.text_pair, data.label, data.messages) if c is not None]
+
+
+def _row_reader(
+    data: DataConfig, form: str, rows: Rows, labels: Sequence[str], reader: Reader
+) -> Callable[[dict[str, Any], int], Iterable[Example]]:
+    if form == "chat":
+        messages = str(data.messages)
+        return lambda row, index: reader.chat(row[messages], index, rows.place(index))
+    if form == "completion":
+        prompt, completion = Template(str(data.prompt), "prompt"), Template(str(data.completion), "completion")
+
+        def completed(row: dict[str, Any], index: int) -> list[Example]:
+            empty = [c for c in (*prompt.columns, *completion.columns) if row[c] is None]
+            place = rows.place(index) if empty else ""
+            return reader.completion(prompt(row, place), completion(row, place), index)
+
+        return completed
+    text, label, text_pair = str(data.text), str(data.label), data.text_pair
+    if form == "text":
+        return lambda row, index: reader.text(str(row[text] or ""), index)
+    classes = {label: number for number, label in enumerate(labels)}
+    names = getattr(rows.dataset.features[label], "names", None)
+
+    def classified(row: dict[str, Any], index: int) -> list[Example]:
+        value = row[label]
+        name = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else str(value)
+        if value is None or name not in classes:
+            near = f"; nearest: {', '.join(nearest(name, classes, 3))}" if value is not None else ""
+            raise JpeftError(
+                f"{rows.place(index)}: unknown label {name!r}; the labels are {', '.join(classes)}{near} "
+                "(data.labels sets them)"
+            )
+        pair = None if text_pair is None else str(row[text_pair] or "")
+        return reader.classification(str(row[text] or ""), pair, classes[name], index)
+
+    return classified
+
+
+def _answers(data: DataConfig, train: Rows, test: Rows) -> tuple[list[str], list[str], tuple[str, ...]]:
+    prompt, completion = Template(str(data.prompt), "prompt"), Template(str(data.completion), "completion")
+    prompts = [prompt(row, "") for row in test.dataset]
+    completions = [completion(row, "") for row in test.dataset]
+    return prompts, completions, tuple(dict.fromkeys(completion(row, "") for row in train.dataset))

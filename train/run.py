@@ -1,0 +1,278 @@
+"""`jpeft train`: from a configuration file to an adapter, with scores before, during and after."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+
+import jpeft
+from jpeft.errors import JpeftError
+from train import batches, session
+from train import config as configs
+from train import data as task_data
+from train.data import TaskData
+from train.display import Display, Meter, clock, size
+from train.evaluate import Evaluator, Score
+from train.examples import Reader
+from train.schema import Config
+from train.step import make_step, optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run leaves: its folder, the scores before and after, and the losses of the steps."""
+
+    folder: Path
+    before: Score
+    after: Score
+    losses: tuple[float, ...]
+
+
+def train(path: Path, overrides: Sequence[str] = (), display: Display | None = None) -> Result:
+    """Runs the configuration in `path` with `section.key=value` overrides.
+
+    Raises JpeftError for everything a user can mend; mistakes in the configuration and the data are found before the
+    model is loaded.
+    """
+    display = display or Display()
+    started = time.monotonic()
+    config = configs.load(path, overrides)
+    train_rows, test_rows = task_data.read_rows(config.data)
+    labels = task_data.labels_of(config.data, train_rows)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"labels": list(labels)})} if labels else {}
+    )
+    folder = Path(config.output.folder)
+    _check_folder(folder, config)
+    session.keep_compiled()
+
+    counted = f"{len(train_rows):,} rows to train on, {len(test_rows):,} held out"
+    display.say(f"data      {counted}, from {config.data.source}")
+    tokenizer = session.tokenizer(config)
+    model = session.base_model(config, labels)
+    model = configs.method_of(config)(model, rngs=jax.random.key(config.training.seed))
+    plan = jpeft.describe(model)
+    display.say(f"model     {config.model.source}, {plan.total - plan.trainable:,} frozen parameters")
+    display.say(
+        f"method    {_methods(config)}: {plan.trainable:,} trainable parameters "
+        f"({100 * plan.trainable / plan.total:.2f}%, {size(plan.trainable_bytes)})"
+    )
+    limit = min(config.data.max_length, session.context(model) or config.data.max_length)
+    types = session.takes_types(model)
+    task = task_data.prepare(config.data, train_rows, test_rows, labels, tokenizer, limit, types=types)
+    for name, counts in task.counts.items():
+        for what, count in counts.items():
+            display.say(f"warning   {name}: {count} {what}")
+    _open_folder(folder, config)
+    return Loop(config, model, task, Reader(tokenizer, limit, types=types), folder, display, started).run()
+
+
+class Loop:
+    """One run in memory: the parts of the model, the plan of rows, and what is reported."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: Any,
+        task: TaskData,
+        reader: Reader,
+        folder: Path,
+        display: Display,
+        started: float,
+    ):
+        self.config, self.task, self.folder, self.display = config, task, folder, display
+        self.started = started
+        training = config.training
+        labels = jpeft.param_labels(model)
+        self.graphdef, self.adapter, self.buffers, self.frozen = jpeft.partition(model)
+        self.lengths = [len(example) for example in task.train]
+        self.buckets = batches.edges([*self.lengths, *map(len, task.test)])
+        self.per_step = training.batch_size * training.accumulation
+        self.per_epoch = math.ceil(len(task.train) / self.per_step)
+        self.steps = min(training.max_steps or training.epochs * self.per_epoch, training.epochs * self.per_epoch)
+        self.transform = optimizer(training, self.steps, {key: labels[key] for key in self.adapter})
+        self.targets = max(1, batches.most_targets(task.train))
+        self.evaluator = Evaluator(
+            (self.graphdef, self.buffers, self.frozen),
+            task,
+            reader,
+            config.evaluation,
+            self.buckets,
+            config.evaluation.batch_size or 4 * training.batch_size,
+        )
+
+    def run(self) -> Result:
+        """Trains, scores, saves, reports."""
+        epochs = math.ceil(self.steps / self.per_epoch)
+        plans = [self._plan(epoch) for epoch in range(epochs)]
+        shapes = {window.length for plan in plans for window in plan}
+        self.display.say(
+            f"steps     {self.steps} of {self.per_step} rows, padded to {', '.join(map(str, sorted(shapes)))} tokens: "
+            f"{len(shapes)} programs to compile for training, {self.evaluator.shapes} for evaluation"
+        )
+        with (self.folder / session.METRICS).open("w", encoding="utf-8") as log:
+            before = self._evaluate(0, log, "before", answers=True)
+            losses = self._train([window for plan in plans for window in plan][: self.steps], log)
+            after = self._evaluate(self.steps, log, "after", answers=True)
+        model = jpeft.combine(self.graphdef, self.adapter, self.buffers, self.frozen)
+        jpeft.save_adapter(self.folder / session.ADAPTER, model, overwrite=True)
+        self._report(before, after)
+        return Result(self.folder, before, after, losses)
+
+    def _plan(self, epoch: int) -> list[batches.Window]:
+        return batches.plan(self.lengths, self.buckets, self.per_step, self.config.training.seed, epoch)
+
+    def _train(self, windows: Sequence[batches.Window], log: TextIO) -> tuple[float, ...]:
+        training = self.config.training
+        step = make_step(self.graphdef, self.task.form, self.transform)
+        state = self.transform.init(self.adapter)
+        key = jax.random.fold_in(jax.random.key(training.seed), 1)
+        every = self.config.evaluation.every or self.per_epoch
+        losses: list[float] = []
+        busy, tokens = 0.0, 0
+        with self.display.progress(self.steps) as meter:
+            for number, window in enumerate(windows):
+                begun = time.monotonic()
+                batch = batches.arrays(self.task.train, window, self.per_step, self.targets)
+                count = int(sum(self.lengths[row] for row in window.rows))
+                self.adapter, state, found = step(
+                    self.adapter,
+                    state,
+                    self.buffers,
+                    self.frozen,
+                    batches.split(batch, training.accumulation),
+                    key,
+                    jnp.int32(number),
+                )
+                metrics = {name: float(value) for name, value in jax.device_get(found).items()}
+                self._check_finite(metrics, number, window)
+                busy, tokens = busy + time.monotonic() - begun, tokens + count
+                losses.append(metrics["loss"])
+                self._log_step(log, meter, number + 1, metrics, busy, tokens)
+                if (number + 1) % every == 0 and number + 1 < self.steps:
+                    self._evaluate(number + 1, log, f"step {number + 1}", answers=False)
+        return tuple(losses)
+
+    def _log_step(
+        self, log: TextIO, meter: Meter, step: int, metrics: dict[str, float], busy: float, tokens: int
+    ) -> None:
+        rate = tokens / max(busy, 1e-9)
+        speed = {"tokens": tokens, "tokens_per_second": round(rate, 1), "seconds": round(busy, 3)}
+        log.write(json.dumps({"step": step, **metrics, **speed}) + "\n")
+        log.flush()
+        meter.update(step, metrics["loss"], rate, busy / step * (self.steps - step))
+
+    def _check_finite(self, metrics: dict[str, float], number: int, window: batches.Window) -> None:
+        if all(math.isfinite(value) for value in metrics.values()):
+            return
+        rows = [self.task.train_rows.place(self.task.train[row].row) for row in window.rows[:5]]
+        raise JpeftError(
+            f"step {number + 1}: the loss or its gradient is not a number any more (loss {metrics['loss']}, gradient "
+            f"norm {metrics['gradient_norm']}); the step's rows begin with {'; '.join(rows)}. A smaller "
+            f"training.learning_rate (now {self.config.training.learning_rate:g}) usually helps"
+        )
+
+    def _evaluate(self, step: int, log: TextIO, name: str, *, answers: bool) -> Score:
+        begun = time.monotonic()
+        score = self.evaluator(self.adapter, answers=answers)
+        log.write(json.dumps({"step": step, "evaluation": score.metrics}) + "\n")
+        log.flush()
+        self.display.say(f"{name:<9} {score} ({len(self.task.test)} held-out rows, {clock(time.monotonic() - begun)})")
+        return score
+
+    def _report(self, before: Score, after: Score) -> None:
+        asked = self.task.prompts or self._texts()
+        columns, rows = samples(self.task, asked, before, after, self.config.evaluation.samples)
+        if rows:
+            self.display.table("Held-out rows, before and after", columns, rows)
+        metric = next(iter(after.metrics))
+        self.display.say(
+            f"result    {metric} {before.metrics[metric]:.3f} before, {after.metrics[metric]:.3f} after "
+            f"({clock(time.monotonic() - self.started)} in all)"
+        )
+        where = shlex.quote(str(self.folder))
+        example = self._example()
+        self.display.say(
+            f"\nThe adapter is in {self.folder / session.ADAPTER}, every step in {self.folder / session.METRICS}.\n"
+            f"  try it     jpeft generate {where} --prompt {shlex.quote(example)}\n"
+            f"  merge it   jpeft merge {where} {shlex.quote(str(self.folder / 'merged'))}\n"
+            f"  in Python  model = jpeft.load_adapter({str(self.folder / session.ADAPTER)!r}, jpeft.models.load(...))"
+        )
+
+    def _texts(self) -> list[str]:
+        """The text of each held-out example of a classification."""
+        column, dataset = self.config.data.text, self.task.test_rows.dataset
+        return [str(dataset[example.row][column]) for example in self.task.test] if self.task.labels else []
+
+    def _example(self) -> str:
+        data, row = self.config.data, self.task.test_rows.dataset[0]
+        if data.messages is not None:
+            return next((m["content"] for m in row[data.messages] if m["role"] == "user"), "Hello")
+        if data.prompt is not None:
+            columns = task_data.Template(data.prompt, "prompt").columns
+            return str(row[columns[0]]) if len(columns) == 1 else self.task.prompts[0]
+        return " ".join(str(row[data.text]).split()[:12])
+
+
+def samples(
+    task: TaskData, asked: Sequence[str], before: Score, after: Score, count: int
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and `count` rows that show the answers before and after to what was asked, in the order of the rows."""
+    if not after.answers or not before.answers or not count:
+        return [], []
+    classes = task.form == "classification"
+    wanted = [task.labels[example.label] for example in task.test] if classes else task.completions
+    changed = [i for i in range(len(wanted)) if before.answers[i].strip() != after.answers[i].strip()]
+    same = [i for i in range(len(wanted)) if i not in set(changed)]
+    # Two in three of the rows shown changed; the rest did not, be they right or wrong.
+    chosen = sorted([*changed[: math.ceil(count * 2 / 3)], *same][:count])
+    rows = [[_short(asked[i]), _short(wanted[i]), _short(before.answers[i]), _short(after.answers[i])] for i in chosen]
+    return ["text" if classes else "prompt", "wanted", "before", "after"], rows
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 100 else f"{flat[:60]} ... {flat[-35:]}"
+
+
+def _methods(config: Config) -> str:
+    entries = config.method if isinstance(config.method, list) else [config.method]
+    return " + ".join(
+        f"{entry['name']} ({', '.join(f'{k} {v}' for k, v in entry.items() if k != 'name')})" for entry in entries
+    )
+
+
+def _check_folder(folder: Path, config: Config) -> None:
+    """Refuses a folder that holds a run of another configuration, or something that is no run."""
+    if config.output.overwrite or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise JpeftError(f"output.folder: {folder} is a file")
+    if not (folder / session.CONFIG).exists():
+        if any(folder.iterdir()):
+            raise JpeftError(f"output.folder: {folder} holds other files; give an empty or new folder")
+        return
+    changed = configs.difference(configs.load(folder / session.CONFIG), config)
+    if changed:
+        listed = "\n".join(f"  {line}" for line in changed)
+        raise JpeftError(
+            f"output.folder: {folder} holds a run of another configuration:\n{listed}\n"
+            "give another folder, or output.overwrite=true to replace it"
+        )
+
+
+def _open_folder(folder: Path, config: Config) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        configs.save(config, folder / session.CONFIG)
+    except OSError as error:
+        raise JpeftError(f"output.folder: {folder} cannot be written: {error.strerror or error}") from None

