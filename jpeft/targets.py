@@ -102,8 +102,7 @@ def resolve(
     names a module of another kind, or if `layers` holds a number that no matched module has.
     """
     found = [node for node in paths.nodes(model) if node.parts or kind_of(node.module) is not None]
-    prefix = getattr(model, "base_prefix", "") or ""
-    heads = tuple(getattr(model, "heads", ()))
+    prefix, heads = prefix_of(model), _heads_of(model)
     hits: dict[Entry, int] = dict.fromkeys((*targets, *exclude), 0)
     wrong: dict[Entry, list[Node]] = {}
     chosen: list[tuple[Node, Layers]] = []
@@ -139,6 +138,19 @@ def resolve(
     if not chosen:
         raise JpeftError(f"{method}: exclude={list(exclude)!r} leaves none of what targets={list(targets)!r} matches")
     return chosen
+
+
+def prefix_of(model: nnx.Module) -> str:
+    """The family's prefix in Hugging Face names (`model`, `bert`), which jpeft's models declare as `base_prefix`."""
+    declared = getattr(model, "base_prefix", "")
+    return declared if isinstance(declared, str) else ""
+
+
+def _heads_of(model: nnx.Module) -> tuple[str, ...]:
+    # A user's model may have an attribute `heads` of its own: only a tuple of names declares output heads.
+    declared = getattr(model, "heads", ())
+    named = isinstance(declared, tuple) and all(isinstance(name, str) for name in declared)
+    return declared if named else ()
 
 
 def _selects(entry: Entry, node: Node, called: tuple[str, ...], heads: tuple[str, ...]) -> bool:

@@ -25,7 +25,7 @@ from jpeft.methods.low_rank import FORMS, LoRAWrapper
 from jpeft.methods.method import Method, refuse_second
 from jpeft.paths import Node
 from jpeft.stack import runs
-from jpeft.targets import ALL_LINEAR, Layers, Pattern, entries, resolve
+from jpeft.targets import ALL_LINEAR, Layers, Pattern, entries, prefix_of, resolve
 
 # More scans than this cost more compile time than the layers in between are worth; then the hull is adapted and the
 # layers in its holes get scale 0.
@@ -92,7 +92,7 @@ class LoRA(Method):
 
     def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
         chosen = self._resolve(model)
-        prefix = getattr(model, "base_prefix", "") or ""
+        prefix = prefix_of(model)
         ranks = Pattern(self.rank_pattern, field="rank_pattern", method="LoRA")
         alphas = Pattern(self.alpha_pattern, field="alpha_pattern", method="LoRA")
         replacements: dict[surgery.Path, Callable[[Any], Any]] = {}

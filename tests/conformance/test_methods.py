@@ -1,0 +1,268 @@
+"""What every method promises on every model, whatever the two are."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jpeft
+from tests import zoo
+
+pytestmark = pytest.mark.parametrize("model_name", zoo.MODELS)
+methods = pytest.mark.parametrize("method_name", zoo.METHODS)
+
+
+@functools.cache
+def base_of(model_name: str, dtype: str = "float32") -> Any:
+    return zoo.MODELS[model_name].make(dtype)
+
+
+@functools.cache
+def adapted_of(model_name: str, method_name: str) -> Any:
+    return zoo.METHODS[method_name](base_of(model_name), rngs=nnx.Rngs(5))
+
+
+@functools.cache
+def output(model_name: str) -> jax.Array:
+    return evaluate(model_name, base_of(model_name))
+
+
+def evaluate(model_name: str, model: Any, **kwargs: Any) -> jax.Array:
+    parts = jpeft.partition(model)
+    return forward(model_name, parts)(*parts[1:], **kwargs)
+
+
+def forward(model_name: str, parts: jpeft.Partition) -> Any:
+    run = zoo.MODELS[model_name].run
+    return jax.jit(lambda *arrays: run(jpeft.combine(parts.graphdef, *arrays)))
+
+
+def loss_of(model_name: str, parts: jpeft.Partition) -> Any:
+    """loss(adapter, buffers, frozen, key): distance to a fixed random target."""
+    run = zoo.MODELS[model_name].run
+
+    def loss(adapter: Any, buffers: Any, frozen: Any, key: Any = None) -> jax.Array:
+        y = run(jpeft.combine(parts.graphdef, adapter, buffers, frozen, dropout=key)).astype(jnp.float32)
+        return jnp.mean((y - jax.random.normal(jax.random.key(3), y.shape)) ** 2)
+
+    return loss
+
+
+def arrays_of(model: nnx.Module) -> dict[str, Any]:
+    parts = jpeft.partition(model)
+    return {**parts.adapter, **parts.buffers, **parts.frozen}
+
+
+@methods
+def test_starts_as_the_base(model_name: str, method_name: str) -> None:
+    assert jnp.array_equal(evaluate(model_name, adapted_of(model_name, method_name)), output(model_name))
+
+
+@methods
+def test_shares_and_leaves_the_base(model_name: str, method_name: str) -> None:
+    base = base_of(model_name)
+    before = arrays_of(base)
+    frozen = jpeft.partition(zoo.METHODS[method_name](base, rngs=nnx.Rngs(5))).frozen
+    assert arrays_of(base).keys() == before.keys()
+    assert all(arrays_of(base)[key] is before[key] for key in before)
+    assert all(frozen[key] is before[key] for key in frozen)
+
+
+@methods
+def test_trains_and_only_what_it_should(model_name: str, method_name: str) -> None:
+    parts = jpeft.partition(adapted_of(model_name, method_name))
+    loss = loss_of(model_name, parts)
+    optimizer = optax.adam(3e-2)
+
+    @jax.jit
+    def step(adapter: Any, state: Any, frozen: Any, key: jax.Array) -> Any:
+        value, gradient = jax.value_and_grad(loss)(adapter, parts.buffers, frozen, key)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(adapter, updates), state, value, gradient
+
+    copies = {name: np.array(value) for name, value in parts.frozen.items() if value.dtype != jax.random.key(0).dtype}
+    adapter, state = parts.adapter, optimizer.init(parts.adapter)
+    start = float(loss(adapter, parts.buffers, parts.frozen))
+    gradient = None
+    for number in range(50):
+        key = jax.random.fold_in(jax.random.key(11), number)
+        adapter, state, _, gradient = step(adapter, state, parts.frozen, key)
+    assert float(loss(adapter, parts.buffers, parts.frozen)) < start
+    assert gradient is not None
+    assert gradient.keys() == parts.adapter.keys()
+    still = [name for name, value in gradient.items() if not jnp.any(value != 0)]
+    assert not still, f"no gradient for {still}"
+    assert all(jnp.all(jnp.isfinite(value)) for value in gradient.values())
+    assert all(np.array_equal(copies[name], parts.frozen[name]) for name in copies)
+
+
+@methods
+def test_merging_computes_the_same(model_name: str, method_name: str) -> None:
+    adapted = adapted_of(model_name, method_name)
+    parts = jpeft.partition(adapted)
+    model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    expected = evaluate(model_name, model)
+    assert zoo.relative(expected, output(model_name)) > 1e-3
+    merged = jpeft.merge(model)
+    assert zoo.relative(evaluate(model_name, merged), expected) < 1e-5
+    again = jpeft.merge(merged)
+    assert all(jnp.array_equal(arrays_of(again)[k], v) for k, v in arrays_of(merged).items() if v.dtype != "key<fry>")
+    base = base_of(model_name)
+    assert {k: (v.shape, v.dtype) for k, v in arrays_of(merged).items()} == {
+        k: (v.shape, v.dtype) for k, v in arrays_of(base).items()
+    }
+
+
+@methods
+def test_stripping_gives_the_base_back(model_name: str, method_name: str) -> None:
+    stripped, base = jpeft.strip(adapted_of(model_name, method_name)), base_of(model_name)
+    assert nnx.graphdef(stripped) == nnx.graphdef(base)
+    assert all(arrays_of(stripped)[key] is value for key, value in arrays_of(base).items())
+
+
+@methods
+def test_both_ways_into_optax_agree(model_name: str, method_name: str) -> None:
+    parts = jpeft.partition(adapted_of(model_name, method_name))
+    loss, optimizer = loss_of(model_name, parts), optax.adamw(1e-2, weight_decay=0.1)
+    adapter = zoo.trained(parts)
+
+    @jax.jit
+    def split(adapter: Any) -> Any:
+        gradient = jax.grad(loss)(adapter, parts.buffers, parts.frozen)
+        updates, _ = optimizer.update(gradient, optimizer.init(adapter), adapter)
+        return optax.apply_updates(adapter, updates)
+
+    tree = {**parts.frozen, **parts.buffers, **adapter}
+    mask, labels = (f(adapted_of(model_name, method_name)) for f in (jpeft.trainable_mask, jpeft.param_labels))
+    assert mask.keys() == labels.keys() == tree.keys()
+    fixed = {k: v for k, v in tree.items() if not jnp.issubdtype(v.dtype, jnp.floating)}
+    tree = {k: v for k, v in tree.items() if k not in fixed}
+    mask, labels = ({k: d[k] for k in tree} for d in (mask, labels))
+    groups = {label: optax.set_to_zero() if label == "frozen" else optimizer for label in set(labels.values())}
+    masked = optax.chain(
+        optax.masked(optimizer, mask), optax.masked(optax.set_to_zero(), {k: not v for k, v in mask.items()})
+    )
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def whole(tree: Any, transformation: Any) -> Any:
+        gradient = jax.grad(lambda tree: loss({**tree, **fixed}, {}, {}))(tree)
+        updates, _ = transformation.update(gradient, transformation.init(tree), tree)
+        return optax.apply_updates(tree, updates)
+
+    expected = split(adapter)
+    for transformation in (optax.partition(groups, labels), masked):
+        new = whole(tree, transformation)
+        assert all(np.allclose(new[k], expected[k], rtol=1e-5, atol=1e-7) for k in expected)
+        assert all(jnp.array_equal(new[k], tree[k]) for k in tree if k not in expected)
+
+
+@methods
+def test_switching_tasks_recompiles_nothing(model_name: str, method_name: str) -> None:
+    parts = jpeft.partition(adapted_of(model_name, method_name))
+    run = forward(model_name, parts)
+    outputs = [run(zoo.trained(parts, seed), parts.buffers, parts.frozen) for seed in range(3)]
+    assert run._cache_size() == 1
+    assert not jnp.allclose(outputs[0], outputs[1])
+
+
+@methods
+def test_many_adapters_at_once_by_vmap(model_name: str, method_name: str) -> None:
+    parts = jpeft.partition(adapted_of(model_name, method_name))
+    adapters = [zoo.trained(parts, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+    loss = loss_of(model_name, parts)
+    each = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None)))
+    values, gradients = each(stacked, parts.buffers, parts.frozen)
+    one_value, one_gradient = jax.jit(jax.value_and_grad(loss))(adapters[1], parts.buffers, parts.frozen)
+    assert np.allclose(values[1], one_value, rtol=1e-5)
+    assert max(zoo.relative(gradients[k][1], one_gradient[k]) for k in one_gradient) < 1e-4
+
+
+@methods
+def test_sharded_equals_one_device(model_name: str, method_name: str) -> None:
+    parts = jpeft.partition(adapted_of(model_name, method_name))
+    adapter, loss = zoo.trained(parts), loss_of(model_name, parts)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(adapter, parts.buffers, parts.frozen)
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+
+    def place(tree: Any) -> Any:
+        def spread(a: jax.Array) -> jax.Array:
+            axis = next((i for i, size in enumerate(a.shape) if size % 4 == 0 and size % 8 == 0), None)
+            spec = PartitionSpec(*("fsdp" if i == axis else None for i in range(a.ndim)))
+            return jax.device_put(a, NamedSharding(mesh, spec))
+
+        return jax.tree.map(spread, tree)
+
+    placed = [place(tree) for tree in (adapter, parts.buffers, parts.frozen)]
+    sharded_value, sharded_gradient = jax.jit(jax.value_and_grad(loss))(*placed)
+    assert np.allclose(value, sharded_value, rtol=1e-5)
+    assert max(zoo.relative(sharded_gradient[k], gradient[k]) for k in gradient) < 1e-4
+
+
+@methods
+def test_low_precision_base(model_name: str, method_name: str) -> None:
+    base = base_of(model_name, "bfloat16")
+    expected = evaluate(model_name, base)
+    adapted = zoo.METHODS[method_name](base, rngs=nnx.Rngs(5))
+    parts = jpeft.partition(adapted)
+    trained = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    assert {v.dtype.name for v in jpeft.partition(adapted).adapter.values()} <= {"float32", "bfloat16"}
+    made = evaluate(model_name, trained)
+    assert made.dtype == expected.dtype
+    merged = jpeft.merge(trained)
+    assert zoo.relative(evaluate(model_name, merged), made) < 5e-2
+
+
+@methods
+def test_a_merge_that_overflows_is_refused(model_name: str, method_name: str) -> None:
+    base = base_of(model_name, "float16")
+    before = arrays_of(base)
+    parts = jpeft.partition(zoo.METHODS[method_name](base, rngs=nnx.Rngs(5)))
+    huge = {key: jnp.full(value.shape, 1e4, value.dtype) for key, value in parts.adapter.items()}
+    with pytest.raises(jpeft.JpeftError, match="not finite"):
+        jpeft.merge(jpeft.combine(parts.graphdef, huge, parts.buffers, parts.frozen))
+    assert all(arrays_of(base)[key] is value for key, value in before.items())
+
+
+@methods
+def test_saved_and_loaded_bit_for_bit(model_name: str, method_name: str, tmp_path: Any) -> None:
+    parts = jpeft.partition(adapted_of(model_name, method_name))
+    model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    jpeft.save_adapter(tmp_path / "adapter", model)
+    loaded = jpeft.load_adapter(tmp_path / "adapter", base_of(model_name))
+    again = jpeft.partition(loaded)
+    assert again.graphdef == jpeft.partition(model).graphdef
+    assert all(jnp.array_equal(again.adapter[k], v) for k, v in jpeft.partition(model).adapter.items())
+    assert all(jnp.array_equal(again.buffers[k], v) for k, v in parts.buffers.items())
+    assert jpeft.applied(loaded) == jpeft.applied(adapted_of(model_name, method_name))
+
+
+@methods
+def test_abstract_models(model_name: str, method_name: str) -> None:
+    make = zoo.MODELS[model_name].make
+    abstract = nnx.eval_shape(lambda: zoo.METHODS[method_name](make("float32"), rngs=nnx.Rngs(5)))
+    concrete = jpeft.partition(adapted_of(model_name, method_name))
+    for got, want in zip(jpeft.partition(abstract)[1:], concrete[1:], strict=True):
+        assert {k: (v.shape, v.dtype) for k, v in got.items()} == {k: (v.shape, v.dtype) for k, v in want.items()}
+    assert jpeft.describe(abstract).trainable == sum(v.size for v in concrete.adapter.values())
+
+
+def test_dropout_is_a_function_of_its_key(model_name: str) -> None:
+    adapted = jpeft.LoRA(rank=2, dropout=0.5)(base_of(model_name), rngs=nnx.Rngs(5))
+    parts = jpeft.partition(adapted)
+    arrays = (zoo.trained(parts), parts.buffers, parts.frozen)
+    run = zoo.MODELS[model_name].run
+    noisy = jax.jit(lambda key, *arrays: run(jpeft.combine(parts.graphdef, *arrays, dropout=key)))
+    first, second = (jax.random.fold_in(jax.random.key(0), step) for step in (1, 2))
+    assert jnp.array_equal(noisy(first, *arrays), noisy(first, *arrays))
+    assert not jnp.allclose(noisy(first, *arrays), noisy(second, *arrays))
+    quiet = forward(model_name, parts)
+    assert jnp.array_equal(quiet(*arrays), quiet(*arrays))

@@ -1,0 +1,207 @@
+"""Every model and method that the conformance suite runs. A new one enters the suite by standing here.
+
+Models are tiny and random; sizes are chosen odd and unlike one another, so that a swapped axis cannot go unnoticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jpeft
+
+BATCH, TIME, VOCABULARY, WIDTH = 2, 6, 31, 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model with something to feed it. make(dtype): the model; run(model): its output, floating point."""
+
+    make: Callable[[str], Any]
+    run: Callable[[Any], jax.Array]
+    layers: int = 0  # how many numbered layers it has, 0 for none
+
+
+def _ids(rows: int = BATCH) -> jax.Array:
+    return jax.random.randint(jax.random.key(1), (rows, TIME), 0, VOCABULARY)
+
+
+def _floats(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(2), shape).astype(dtype)
+
+
+class Block(nnx.Module):
+    """A layer as a user might write it."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs, param_dtype=dtype)
+        self.up = nnx.Linear(WIDTH, 20, rngs=rngs, param_dtype=dtype)
+        self.down = nnx.Linear(20, WIDTH, use_bias=False, rngs=rngs, param_dtype=dtype)
+
+    def __call__(self, x: jax.Array, index: Any = None) -> jax.Array:
+        return x + self.down(nnx.gelu(self.up(self.norm(x))))
+
+
+class UserModel(nnx.Module):
+    """Embedding, layers in a plain list or a Stack, a tied head."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: Any = jnp.float32, *, stacked: bool, remat: bool = False, depth: int = 3):
+        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs, param_dtype=dtype)
+        self.layers = jpeft.Stack.create(lambda r: Block(r, dtype), depth, rngs=rngs, remat=remat)
+        if not stacked:
+            self.layers = self.layers.unstack()
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embed.attend(jpeft.run_layers(self.layers, self.embed(ids)))
+
+
+class Shapes(nnx.Module):
+    """The layer kinds whose kernels have more than two axes."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        kw: dict[str, Any] = {"rngs": rngs, "param_dtype": dtype}
+        self.split = nnx.LinearGeneral(WIDTH, (3, 5), **kw)
+        self.join = nnx.LinearGeneral((3, 5), WIDTH, axis=(-2, -1), **kw)
+        self.heads = nnx.Einsum("bte,ehd->bthd", (WIDTH, 4, 7), (4, 7), **kw)
+        self.back = nnx.Einsum("...hd,hde->...e", (4, 7, WIDTH), **kw)
+        self.experts = nnx.Einsum("tbe,tef->tbf", (BATCH, WIDTH, WIDTH), **kw)
+        self.window = nnx.Conv(WIDTH, 8, (3,), strides=2, padding="CIRCULAR", feature_group_count=2, **kw)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, **kw)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.join(nnx.gelu(self.split(x)))
+        x = x + self.back(nnx.gelu(self.heads(x)))
+        return self.norm(self.window(x + self.experts(x)))
+
+
+class Attention(nnx.Module):
+    """Flax's own attention, with dropout of its own."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.attention = nnx.MultiHeadAttention(4, WIDTH, 16, decode=False, rngs=rngs, param_dtype=dtype)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dropout(x + self.attention(x, is_causal=True))
+
+
+def _user(stacked: bool, **kwargs: Any) -> Case:
+    return Case(
+        lambda dtype: UserModel(nnx.Rngs(0), jnp.dtype(dtype), stacked=stacked, **kwargs),
+        lambda model: model(_ids()),
+        layers=3,
+    )
+
+
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+}
+_BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+
+# What `jpeft.models.from_config` is given: (config.json, task, further arguments).
+FAMILIES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "llama": ({"model_type": "llama", "tie_word_embeddings": False, **_LLAMA}, "causal-lm", {}),
+    "llama-remat": ({"model_type": "llama", "tie_word_embeddings": True, **_LLAMA}, "causal-lm", {"remat": True}),
+    "mistral": ({"model_type": "mistral", "sliding_window": 4, **_LLAMA}, "causal-lm", {}),
+    "qwen2": ({"model_type": "qwen2", **_LLAMA}, "causal-lm", {}),
+    "qwen3-classifier": ({"model_type": "qwen3", **_LLAMA}, "sequence-classification", {"num_labels": 3}),
+    "gpt2": (
+        {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 32},
+        "causal-lm",
+        {},
+    ),
+    "bert-mean-classifier": (
+        {"model_type": "bert", "type_vocab_size": 2, **_BERT},
+        "sequence-classification",
+        {"num_labels": 3, "pooling": "mean"},
+    ),
+    "bert-tokens": ({"model_type": "bert", "type_vocab_size": 2, **_BERT}, "token-classification", {"num_labels": 4}),
+    "roberta": ({"model_type": "roberta", "type_vocab_size": 1, **_BERT, "pad_token_id": 1}, "masked-lm", {}),
+    "t5": (
+        {
+            "model_type": "t5",
+            "vocab_size": VOCABULARY,
+            "d_model": WIDTH,
+            "d_kv": 5,
+            "d_ff": 20,
+            "num_layers": 3,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+            "decoder_start_token_id": 0,
+            "pad_token_id": 0,
+        },
+        "seq2seq-lm",
+        {},
+    ),
+}
+
+
+def _family(name: str) -> Case:
+    config, task, further = FAMILIES[name]
+
+    def make(dtype: str) -> Any:
+        return jpeft.models.from_config(config, task=task, dtype=dtype, rngs=nnx.Rngs(0), **further)
+
+    def run(model: Any) -> jax.Array:
+        given = {"decoder_input_ids": _ids()[:, :4]} if task == "seq2seq-lm" else {}
+        return model(_ids(), **given)
+
+    return Case(make, run, layers=3)
+
+
+MODELS: dict[str, Case] = {
+    "user-list": _user(stacked=False),
+    "user-stack": _user(stacked=True),
+    "user-stack-remat": _user(stacked=True, remat=True),
+    "shapes": Case(
+        lambda dtype: Shapes(nnx.Rngs(0), jnp.dtype(dtype)), lambda model: model(_floats(BATCH, TIME, WIDTH))
+    ),
+    "flax-attention": Case(
+        lambda dtype: Attention(nnx.Rngs(0), jnp.dtype(dtype)), lambda model: model(_floats(BATCH, TIME, WIDTH))
+    ),
+    **{name: _family(name) for name in FAMILIES},
+}
+
+# At least one configuration of every registered method, suited to any model of the zoo.
+METHODS: dict[str, jpeft.Method] = {
+    "lora": jpeft.LoRA(rank=2, alpha=3.0),
+    "lora-rslora-gaussian": jpeft.LoRA(rank=4, alpha=2.0, use_rslora=True, init="gaussian", dropout=0.2),
+    "lora-twice": jpeft.compose(jpeft.LoRA(rank=2), jpeft.LoRA(rank=4, name="second")),
+}
+
+
+def trained(parts: jpeft.Partition, seed: int = 7, size: float = 0.1) -> dict[str, jax.Array]:
+    """Adapter values as after training: nothing at its initial value."""
+    keys = jax.random.split(jax.random.key(seed), len(parts.adapter))
+    return {
+        name: (size * jax.random.normal(key, value.shape)).astype(value.dtype)
+        for key, (name, value) in zip(keys, sorted(parts.adapter.items()), strict=True)
+    }
+
+
+def relative(a: jax.Array, b: jax.Array) -> float:
+    """Largest difference relative to the largest value."""
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    return float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-9))
