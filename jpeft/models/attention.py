@@ -47,6 +47,10 @@ class Attention:
             return _flash(q, k, v, mask, bias, is_causal, scale)
         if self.implementation == "cudnn" and jax.default_backend() != "gpu":
             raise JpeftError(f'attention="cudnn" needs a GPU, this is {jax.default_backend()!r}; use attention="xla"')
+        if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # XLA on CPUs has no such product
+            q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+            out = self(q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
+            return out.astype(jnp.float16)
         name: Any = self.implementation
         return jax.nn.dot_product_attention(
             q, k, v, bias=bias, mask=mask, is_causal=is_causal, scale=scale, implementation=name

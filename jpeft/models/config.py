@@ -18,6 +18,10 @@ from jpeft.errors import JpeftError, nearest
 MAX_JSON_BYTES = 64 * 2**20
 MAX_SIZE = 2**31 - 1  # dimensions are 32-bit in every file format read here
 
+# Layers have names each, so a file that announces millions would fill the memory before it is found to be wrong.
+_MAX_LAYERS = 10_000
+_LIMITS = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), _MAX_LAYERS)
+
 _C = TypeVar("_C", bound="Config")
 
 
@@ -83,8 +87,9 @@ class Fields:
     def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
         """An integer from `minimum` up."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= MAX_SIZE:
-            raise self.refuse(name, f"an integer from {minimum} to {MAX_SIZE}")
+        maximum = _LIMITS.get(name, MAX_SIZE)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self.refuse(name, f"an integer from {minimum} to {maximum}")
         return value
 
     def optional_integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int | None:

@@ -7,6 +7,7 @@ each variable is filled in turn: host memory holds the model once, plus one vari
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from flax import nnx
 from jpeft.errors import JpeftError
 from jpeft.models.attention import Attention
 from jpeft.models.config import Config, read_json
-from jpeft.models.families import Family, Slot, check_task, default_task, parse_config, slots
+from jpeft.models.families import Family, Slot, check_task, default_task, family, parse_config, slots
 from jpeft.models.model import Model
 from jpeft.models.tensors import SafetensorsFolder, TensorInfo, TensorSource
 from jpeft.variables import Trainable, retype
@@ -91,7 +92,17 @@ def from_config(
     check_task(task)
     if num_labels is not None:
         parsed = parsed.with_labels(num_labels)
-    return _build(found, parsed, task, _dtype(dtype), pooling, remat, attention, rngs or nnx.Rngs(0))
+    settings = (parsed, task, _dtype(dtype), pooling, remat, attention)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: _build(found, *settings, nnx.Rngs(0))))
+    return nnx.merge(graphdef, _initial(*settings, (rngs or nnx.Rngs(0)).params()))
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def _initial(
+    config: Config, task: str, dtype: Any, pooling: str | None, remat: bool, attention: str, key: jax.Array
+) -> nnx.State:
+    # One compilation for all of the model's random numbers; run one by one they take a compilation each.
+    return nnx.state(_build(family(config.model_type), config, task, dtype, pooling, remat, attention, nnx.Rngs(key)))
 
 
 def _build(
@@ -108,6 +119,8 @@ def _build(
         raise JpeftError(f"pooling={pooling!r}: choose None (Hugging Face's own) or 'mean'")
     if pooling is not None and task != "sequence-classification":
         raise JpeftError(f"pooling={pooling!r}: only task='sequence-classification' pools, this is task={task!r}")
+    if pooling is None and task == "sequence-classification" and config.raw.get("classifier_pooling") == "mean":
+        pooling = "mean"  # as `save` writes it
     make: Any = found.class_for(task)
     return make(config, param_dtype=dtype, pooling=pooling, remat=remat, attention=Attention(attention), rngs=rngs)
 

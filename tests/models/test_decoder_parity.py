@@ -149,7 +149,9 @@ def test_logits(pair):
 def test_padding(pair, side):
     peer, model = pair
     if model.config.model_type != "gpt2" and model.config.rope.kind == "dynamic":
-        pytest.skip("dynamic scaling depends on the longest position, which transformers takes over the batch's padding")
+        pytest.skip(
+            "dynamic scaling depends on the longest position, which transformers takes over the batch's padding"
+        )
     ids, mask, positions = padded(side=side)
     real = mask.astype(bool)
     check(np.asarray(model(ids, mask))[real], ask(peer, ids, mask, positions)[real])
