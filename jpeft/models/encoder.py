@@ -278,6 +278,7 @@ FAMILIES = {
             "BertForPreTraining": "masked-lm",
         },
         tied=("cls.predictions.decoder.weight", "embeddings.word_embeddings.weight"),
+        older=((r"\.LayerNorm\.weight$", ".LayerNorm.gamma"), (r"\.LayerNorm\.bias$", ".LayerNorm.beta")),
         ignored=(rf"(bert\.)?{_POOLER}", r"cls\..*", r"classifier\.(weight|bias)"),
     ),
     "roberta": Family(

@@ -14,7 +14,6 @@ stands beside the blocks, so that all blocks have one structure:
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import jax
@@ -23,15 +22,15 @@ from flax import nnx
 
 from jpeft.errors import JpeftError
 from jpeft.models.attention import Attention, causal_mask, padding_mask
-from jpeft.models.config import Fields
-from jpeft.models.encoder_decoder_layers import EncoderDecoderConfig, T5Stack
+from jpeft.models.encoder_decoder_config import EncoderDecoderConfig, parse
+from jpeft.models.encoder_decoder_layers import CROSS, T5Stack
 from jpeft.models.families import Family
-from jpeft.models.layers import ACTIVATIONS, embed, linear
-from jpeft.models.model import Model, check_mask, check_tokens, compiled
+from jpeft.models.layers import embed, linear
+from jpeft.models.model import Model, check_mask, check_tokens, compiled, last_token, mean_token, new_head
 
 Cache = dict[str, jax.Array]
 
-_CROSS = ("cross_k", "cross_v")
+_DECODER = (r"(transformer\.)?decoder\..*",)
 
 
 def shift_right(labels: jax.Array, *, start: int, pad: int) -> jax.Array:
@@ -40,18 +39,11 @@ def shift_right(labels: jax.Array, *, start: int, pad: int) -> jax.Array:
     return jnp.where(shifted == -100, pad, shifted)
 
 
-class T5(Model):
-    """Encoder and decoder without a head: the decoder's last hidden state [B, T, D].
-
-    Called as `model(input_ids, attention_mask=None, decoder_input_ids=ids, decoder_attention_mask=None)`, all of them
-    [batch, tokens]; `shift_right(labels)` makes the decoder's input from labels.
-
-    Step by step: `encoded = model.encode(input_ids, mask)`, `cache = model.init_cache(batch, length)`, then as often as
-    wanted `logits, cache = model.decode(ids, encoded=encoded, encoder_mask=mask, cache=cache)`. The first call computes
-    the cross-attention's keys and values and adds them to the cache; later calls read them there.
-    """
+class T5Encoder(Model):
+    """The embedding and the encoder, which all tasks have."""
 
     config: EncoderDecoderConfig
+    pooling: str | None
 
     def __init__(
         self,
@@ -78,7 +70,44 @@ class T5(Model):
             return T5Stack(config, attention, decoder=decoder, remat=remat, param_dtype=param_dtype, rngs=rngs)
 
         self.encoder = stack(False)
-        self.decoder = stack(True)
+        if self.has_decoder:
+            self.decoder = stack(True)
+        self.add_head(rngs)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the task needs the decoder too."""
+        return False
+
+    def add_head(self, rngs: nnx.Rngs) -> None:
+        """Adds what the task needs beside the stacks."""
+
+    def _linear(self, outputs: int, stddev: float, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
+        width, stddev = self.config.hidden_size, stddev * self.config.initializer_factor
+        return linear(width, outputs, bias=bias, stddev=stddev, param_dtype=self.param_dtype, rngs=rngs)
+
+    @compiled
+    def encode(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        """The encoder's output [B, S, D]."""
+        check_tokens("input_ids", input_ids)
+        check_mask("attention_mask", attention_mask, input_ids)
+        return self.encoder(self.shared(input_ids), mask=padding_mask(attention_mask))[0]
+
+
+class T5(T5Encoder):
+    """Encoder and decoder without a head: the decoder's last hidden state [B, T, D].
+
+    Called as `model(input_ids, attention_mask=None, decoder_input_ids=ids, decoder_attention_mask=None)`, all of them
+    [batch, tokens]; `shift_right(labels)` makes the decoder's input from labels.
+
+    Step by step: `encoded = model.encode(input_ids, mask)`, `cache = model.init_cache(batch, length)`, then as often as
+    wanted `logits, cache = model.decode(ids, encoded=encoded, encoder_mask=mask, cache=cache)`. The first call computes
+    the cross-attention's keys and values and adds them to the cache; later calls read them there.
+    """
+
+    @property
+    def has_decoder(self) -> bool:
+        return True
 
     def forward(
         self,
@@ -104,13 +133,6 @@ class T5(Model):
             )
         encoded = self.encode(input_ids, attention_mask)
         return self._decode(decoder_input_ids, encoded, attention_mask, decoder_attention_mask, None)[0]
-
-    @compiled
-    def encode(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
-        """The encoder's output [B, S, D]."""
-        check_tokens("input_ids", input_ids)
-        check_mask("attention_mask", attention_mask, input_ids)
-        return self.encoder(self.shared(input_ids), mask=padding_mask(attention_mask))[0]
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache for `length` tokens of `batch` rows; dtype: default the parameters'."""
@@ -158,7 +180,7 @@ class T5(Model):
     ) -> tuple[jax.Array, Cache | None]:
         check_tokens("decoder_input_ids", decoder_input_ids)
         check_mask("decoder_attention_mask", decoder_mask, decoder_input_ids)
-        if encoded is None and (cache is None or _CROSS[0] not in cache):
+        if encoded is None and (cache is None or CROSS[0] not in cache):
             raise JpeftError("encoded is missing: pass what model.encode(input_ids, attention_mask) gave")
         x, tokens = self.shared(decoder_input_ids), decoder_input_ids.shape[1]
         cross = padding_mask(encoder_mask)
@@ -174,14 +196,14 @@ class T5(Model):
         cache["mask"] = jax.lax.dynamic_update_slice(cache["mask"], real, (0, slot))
         cache["positions"] += real.sum(axis=1, dtype=jnp.int32)
         cache["index"] = slot + tokens
-        if _CROSS[0] in cache:
+        if CROSS[0] in cache:
             encoded = None
         else:
             layers, batch, _, heads, width = cache["k"].shape
             assert encoded is not None
             empty = jnp.zeros((layers, batch, encoded.shape[1], heads, width), cache["k"].dtype)
-            cache.update(dict.fromkeys(_CROSS, empty))
-        names = ("k", "v", *_CROSS)
+            cache.update(dict.fromkeys(CROSS, empty))
+        names = ("k", "v", *CROSS)
         mask = causal_mask(tokens, cache["mask"].shape[1], slot) & cache["mask"][:, None, None, :]
         hidden, written = self.decoder(
             x,
@@ -208,17 +230,9 @@ class T5ForConditionalGeneration(T5):
     task = "seq2seq-lm"
     heads = ("lm_head",)
 
-    def __init__(self, config: EncoderDecoderConfig, *, param_dtype: Any, rngs: nnx.Rngs, **settings: Any):
-        super().__init__(config, param_dtype=param_dtype, rngs=rngs, **settings)
-        if not config.tie_word_embeddings:
-            self.lm_head = linear(
-                config.hidden_size,
-                config.vocab_size,
-                bias=False,
-                stddev=config.initializer_factor,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
+    def add_head(self, rngs: nnx.Rngs) -> None:
+        if not self.config.tie_word_embeddings:
+            self.lm_head = self._linear(self.config.vocab_size, 1.0, rngs, bias=False)
 
     def forward(
         self,
@@ -239,53 +253,94 @@ class T5ForConditionalGeneration(T5):
         return self.shared.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
 
 
-def parse(fields: Fields) -> EncoderDecoderConfig:
-    """The configuration in a config.json of model_type "t5".
+class T5ClassificationHead(nnx.Module):
+    """[B, D] -> [B, C] through a hidden layer."""
 
-    Version 1.1 says `tie_word_embeddings: false`, by which it means two things: an output layer of its own, and no
-    scaling. transformers 5 writes `scale_decoder_outputs` for the second and always true for the first.
+    def __init__(self, dense: nnx.Linear, out_proj: nnx.Linear):
+        self.dense, self.out_proj = dense, out_proj
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out_proj(jnp.tanh(self.dense(x)))
+
+
+class T5ForSequenceClassification(T5):
+    """Logits [B, C] for each sequence.
+
+    pooling: None for `classification_head` on the decoder's state at the end-of-text token, the decoder being given the
+    input once more (by default shifted right); "mean" for one linear `classifier` on the mean of the encoder's
+    output, without a decoder. Rows without an end-of-text token are summed up at their last token.
     """
-    width, layers = fields.integer("d_model", 512), fields.integer("num_layers", 6)
-    shared = fields.shared(
-        vocab_size=32128, hidden_size=width, num_hidden_layers=layers, pad_token_id=0, eos_token_id=1
-    )
-    scale = fields.flag("scale_decoder_outputs", shared["tie_word_embeddings"])
-    # A file may have an output layer although it claims to be tied: what is saved again must keep the scaling.
-    shared["source"] = json.dumps({**fields.raw, "scale_decoder_outputs": scale}, sort_keys=True)
-    kind = fields.text("feed_forward_proj", "relu")
-    gated, act = kind.startswith("gated-"), kind.removeprefix("gated-")
-    if act not in ACTIVATIONS:
-        raise fields.refuse("feed_forward_proj", f'one of {list(ACTIVATIONS)}, or "gated-" and one of them')
-    buckets = fields.integer("relative_attention_num_buckets", 32, minimum=4)
-    decoders = fields.optional_integer("num_decoder_layers")
-    return EncoderDecoderConfig(
-        **shared,
-        d_kv=fields.integer("d_kv", 64),
-        d_ff=fields.integer("d_ff", 2048),
-        num_heads=fields.integer("num_heads", 8),
-        num_decoder_layers=layers if decoders is None else decoders,
-        relative_attention_num_buckets=buckets,
-        relative_attention_max_distance=fields.integer(
-            "relative_attention_max_distance", 128, minimum=buckets // 2 + 1
-        ),
-        layer_norm_epsilon=fields.number("layer_norm_epsilon", 1e-6),
-        initializer_factor=fields.number("initializer_factor", 1.0),
-        act="gelu_new" if kind == "gated-gelu" else act,
-        gated=gated,
-        scale_outputs=scale,
-        decoder_start_token_id=fields.token("decoder_start_token_id", shared["pad_token_id"]),
-    )
+
+    task = "sequence-classification"
+    base_prefix = "transformer"
+    heads = ("classification_head", "classifier")
+    renewable = ("classification_head", "classifier")
+
+    @property
+    def has_decoder(self) -> bool:
+        return self.pooling is None
+
+    def add_head(self, rngs: nnx.Rngs) -> None:
+        width, labels = self.config.hidden_size, self.config.num_labels
+        out = self._linear(labels, width**-0.5, rngs)
+        if self.pooling is None:
+            head = T5ClassificationHead(self._linear(width, width**-0.5, rngs), out)
+            self.classification_head = new_head(head)
+        else:
+            self.classifier = new_head(out)
+            self.unread = _DECODER
+
+    def forward(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        if self.pooling is not None:
+            return self.classifier(mean_token(self.encode(input_ids, attention_mask), attention_mask))
+        if decoder_input_ids is None:
+            decoder_input_ids = self.shift_right(input_ids)
+        check_tokens("decoder_input_ids", decoder_input_ids, input_ids)
+        hidden = self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+        ends = jnp.isin(input_ids, jnp.array(self.config.eos_token_id, input_ids.dtype))
+        tokens = jnp.ones_like(ends) if attention_mask is None else attention_mask.astype(bool)
+        at = jnp.where(ends.any(axis=1, keepdims=True), ends, tokens)
+        return self.classification_head(last_token(hidden, input_ids, at, None))
+
+
+class T5ForTokenClassification(T5Encoder):
+    """Logits [B, T, C] for each token, from the encoder."""
+
+    task = "token-classification"
+    base_prefix = "transformer"
+    unread = _DECODER
+    heads = ("classifier",)
+    renewable = ("classifier",)
+
+    def add_head(self, rngs: nnx.Rngs) -> None:
+        self.classifier = new_head(self._linear(self.config.num_labels, self.config.hidden_size**-0.5, rngs))
+
+    def forward(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        return self.classifier(self.encode(input_ids, attention_mask))
 
 
 FAMILIES = {
     "t5": Family(
         model_type="t5",
         parse=parse,
-        classes={"base": T5, "seq2seq-lm": T5ForConditionalGeneration},
+        classes={
+            "base": T5,
+            "seq2seq-lm": T5ForConditionalGeneration,
+            "sequence-classification": T5ForSequenceClassification,
+            "token-classification": T5ForTokenClassification,
+        },
         architectures={
             "T5Model": "base",
             "T5ForConditionalGeneration": "seq2seq-lm",
             "T5WithLMHeadModel": "seq2seq-lm",
+            "T5ForSequenceClassification": "sequence-classification",
+            "T5ForTokenClassification": "token-classification",
         },
         renames=(
             (
@@ -295,9 +350,10 @@ FAMILIES = {
         ),
         tied=("lm_head.weight", "shared.weight"),
         ignored=(
-            r"(encoder|decoder)\.embed_tokens\.weight",
-            r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+            r"(transformer\.)?(encoder|decoder)\.embed_tokens\.weight",
+            r"(transformer\.)?decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
             r"lm_head\.weight",
+            r"classifier\..*|classification_head\..*",
         ),
     )
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -12,33 +11,13 @@ import numpy as np
 from flax import nnx
 
 from jpeft.models.attention import Attention
-from jpeft.models.config import Config
+from jpeft.models.encoder_decoder_config import EncoderDecoderConfig
 from jpeft.models.layers import RMSNorm, activation, embed, gated, linear
 from jpeft.stack import Stack, run_layers
 
 # The part of a KV cache that the layers write: self- and cross-attention's keys and values, each [L, B, S, N, H].
 LayerCache = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderDecoderConfig(Config):
-    """What config.json of a T5 says about the architecture.
-
-    scale_outputs: multiply the decoder's output by hidden_size**-0.5 in front of the logits, as version 1.0 does.
-    """
-
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_decoder_layers: int
-    relative_attention_num_buckets: int
-    relative_attention_max_distance: int
-    layer_norm_epsilon: float
-    initializer_factor: float
-    act: str
-    gated: bool
-    scale_outputs: bool
-    decoder_start_token_id: int | None
+CROSS = ("cross_k", "cross_v")
 
 
 def relative_buckets(num_buckets: int, max_distance: int, *, bidirectional: bool) -> np.ndarray:
@@ -117,7 +96,11 @@ class T5FeedForward(nnx.Module):
 
 
 class _Sublayer(nnx.Module):
-    """A norm and, under the checkpoint's name, what follows it."""
+    """A norm and, under the checkpoint's name, the one of these that follows it."""
+
+    SelfAttention: T5Attention
+    EncDecAttention: T5Attention
+    DenseReluDense: T5FeedForward
 
     def __init__(self, config: EncoderDecoderConfig, name: str, inner: nnx.Module, *, param_dtype: Any):
         setattr(self, name, inner)
@@ -142,7 +125,7 @@ class T5Block(nnx.Module):
         def attend() -> T5Attention:
             return T5Attention(config, attention, param_dtype=param_dtype, rngs=rngs)
 
-        parts = [("SelfAttention", attend())]
+        parts: list[tuple[str, nnx.Module]] = [("SelfAttention", attend())]
         parts += [("EncDecAttention", attend())] if decoder else []
         parts += [("DenseReluDense", T5FeedForward(config, param_dtype=param_dtype, rngs=rngs))]
         self.layer = nnx.List([_Sublayer(config, name, part, param_dtype=param_dtype) for name, part in parts])
@@ -172,18 +155,20 @@ class T5Block(nnx.Module):
         if len(self.layer) == 3:
             cross = self.layer[1].EncDecAttention
             if encoded is None:
-                keys_values = _row(cache["cross_k"], index), _row(cache["cross_v"], index)
+                keys_values = _rows(cache, CROSS, index, x.dtype)
             else:
                 keys_values = cross.keys_values(encoded)
-                if "cross_k" in cache:
-                    cache, keys_values = _store(cache, ("cross_k", "cross_v"), index, 0, keys_values)
+                if CROSS[0] in cache:
+                    cache, keys_values = _store(cache, CROSS, index, 0, keys_values)
             x = x + cross(self.layer[1].layer_norm(x), keys_values, encoder_mask)
         last = self.layer[-1]
         return x + last.DenseReluDense(last.layer_norm(x)), cache
 
 
-def _row(stored: jax.Array, index: jax.Array | int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stored, index, keepdims=False)
+def _rows(cache: LayerCache, names: tuple[str, str], index: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of layer `index`, as the attention computes with them."""
+    rows = [jax.lax.dynamic_index_in_dim(cache[name], index, keepdims=False).astype(dtype) for name in names]
+    return rows[0], rows[1]
 
 
 def _store(
@@ -198,7 +183,7 @@ def _store(
     for name, new in zip(names, fresh, strict=True):
         at = (index, 0, slot, 0, 0)
         cache[name] = jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), at)
-    return cache, (_row(cache[names[0]], index), _row(cache[names[1]], index))
+    return cache, _rows(cache, names, index, fresh[0].dtype)
 
 
 class T5Stack(nnx.Module):

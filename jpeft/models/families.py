@@ -50,7 +50,8 @@ class Family:
     config.json's `architectures` means. untransposed: names of modules whose weight is stored [in, out].
     renames: (regular expression, replacement) pairs applied in turn to the key that the rule gives, before the base
     prefix. tied: the keys (by the rule, without prefix) of the head and the embedding that are one matrix when tied.
-    ignored: expressions of further keys to leave unread, such as other tasks' heads.
+    ignored: expressions of further keys to leave unread, such as other tasks' heads. older: (regular expression,
+    replacement) pairs that turn a checkpoint's key into what files of older versions call it.
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     tied: tuple[str, str] | None = None
     ignored: tuple[str, ...] = ()
+    older: tuple[tuple[str, str], ...] = ()
 
     def class_for(self, task: str) -> type[Model]:
         """The model class for `task`."""
@@ -68,9 +70,16 @@ class Family:
             raise JpeftError(f"task={task!r}: {self.model_type} has {sorted(self.classes)}")
         return self.classes[task]
 
-    def ignores(self, key: str) -> bool:
-        """Whether a checkpoint's key that no variable asked for is harmless."""
-        return any(re.fullmatch(pattern, key) for pattern in (*_BUFFERS, *self.ignored))
+    def ignores(self, model: Model, key: str) -> bool:
+        """Whether a checkpoint's key that no variable of `model` asked for is harmless."""
+        return any(re.fullmatch(pattern, key) for pattern in (*_BUFFERS, *self.ignored, *model.unread))
+
+    def spellings(self, key: str) -> tuple[str, ...]:
+        """The names under which files of this and of older versions may have `key`, newest first."""
+        old = key
+        for pattern, replacement in self.older:
+            old = re.sub(pattern, replacement, old)
+        return (key,) if old == key else (key, old)
 
 
 def family(model_type: Any, where: str = "model_type") -> Family:

@@ -101,8 +101,10 @@ def from_config(
 def _initial(
     config: Config, task: str, dtype: Any, pooling: str | None, remat: bool, attention: str, key: jax.Array
 ) -> nnx.State:
-    # One compilation for all of the model's random numbers; run one by one they take a compilation each.
-    return nnx.state(_build(family(config.model_type), config, task, dtype, pooling, remat, attention, nnx.Rngs(key)))
+    # One compilation for all of the model's random numbers; made one by one they take a compilation each. The default
+    # generator takes the compiler seconds for every variable.
+    quick = jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="unsafe_rbg")
+    return nnx.state(_build(family(config.model_type), config, task, dtype, pooling, remat, attention, nnx.Rngs(quick)))
 
 
 def _build(
@@ -219,7 +221,7 @@ class _Report:
 def _fill(model: Model, found: Family, source: TensorSource, dtype: Any, rngs: nnx.Rngs, relabelled: bool) -> Model:
     tensors = source.tensors
     wanted = slots(model, found)
-    stored = {slot.path: [_stored_name(model, name, tensors) for name in slot.names] for slot in wanted}
+    stored = {slot.path: [_stored_name(model, found, name, tensors) for name in slot.names] for slot in wanted}
     new = _new_parts(model, wanted, stored, tensors, relabelled)
     graphdef, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
@@ -241,8 +243,9 @@ def _fill(model: Model, found: Family, source: TensorSource, dtype: Any, rngs: n
             elif info.shape != shape or not jnp.issubdtype(info.dtype, jnp.floating) or info.dtype.itemsize == 1:
                 report.wrong.append(f"{name} {info.dtype.name}{list(info.shape)}, expected {list(shape)}")
     tied = {name for key in found.tied or () for name in (key, f"{model.base_prefix}.{key}")}
+    used |= tied if model.config.tie_word_embeddings else set()
     for name in tensors:
-        if name not in used and not found.ignores(name) and not (model.config.tie_word_embeddings and name in tied):
+        if name not in used and not found.ignores(model, name):
             report.unexpected.append(name)
     report.check(source.where)
     filled: list[tuple[Any, nnx.Variable]] = []
@@ -257,10 +260,11 @@ def _fill(model: Model, found: Family, source: TensorSource, dtype: Any, rngs: n
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def _stored_name(model: Model, name: str, tensors: Mapping[str, Any]) -> str:
-    """The name under which the file has it: checkpoints of a bare model leave the base prefix out."""
+def _stored_name(model: Model, found: Family, name: str, tensors: Mapping[str, Any]) -> str:
+    """The name under which the file has it: checkpoints of a bare model leave the base prefix out, old ones rename."""
     short = name.removeprefix(f"{model.base_prefix}.") if model.base_prefix else name
-    return short if name not in tensors and short in tensors else name
+    names = [spelling for form in dict.fromkeys((name, short)) for spelling in found.spellings(form)]
+    return next((stored for stored in names if stored in tensors), name)
 
 
 def _new_parts(

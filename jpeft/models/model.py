@@ -9,6 +9,7 @@ them it holds static attributes:
     heads         attributes that are output heads; "all-linear" leaves them out
     pooling       how a classifier sums up a sequence: None for Hugging Face's way, or "mean"
     renewable     attributes that may be missing in a checkpoint and are then made anew, trainable
+    unread        expressions of checkpoint keys that the task has no use for, such as the decoder's
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Model(nnx.Module):
 
     heads: tuple[str, ...] = ()
     renewable: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     base_prefix: str = ""
     task: str = "base"
     pooling: str | None = None
