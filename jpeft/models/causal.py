@@ -98,9 +98,13 @@ class CausalModel(Model):
         """The window, and for each layer whether it has it."""
         return None, (False,) * self.config.num_hidden_layers
 
-    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-        """An empty KV cache for `batch` texts of at most `length` tokens each, padding included."""
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+        """An empty KV cache for `batch` texts of at most `length` tokens each, padding included.
+
+        dtype: of keys and values; default the token embedding's.
+        """
         layers, heads, width = self.cache_shape
+        dtype = getattr(self, self.embedding).dtype if dtype is None else dtype
         shape = (layers, batch, length, heads, width)
         return {
             "k": jnp.zeros(shape, dtype),

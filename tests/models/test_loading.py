@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -491,6 +492,19 @@ def test_absent_keys_have_the_defaults_of_transformers(folder):
         config(folder, **{key: ...})
     parsed = jpeft.models.load(folder).config
     assert (parsed.rms_norm_eps, parsed.hidden_act, parsed.rope.theta) == (1e-6, "silu", 10000.0)
+
+
+def test_host_memory_holds_the_model_once(tmp_path):
+    large = {**LLAMA, "vocab_size": 4000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 20}
+    folder = jpeft.models.save(jpeft.models.from_config(large), tmp_path)
+    size = (folder / WEIGHTS).stat().st_size
+    largest = 4 * 20 * 64 * 128
+    tracemalloc.start()
+    model = jpeft.models.load(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))) < 2 * largest
+    assert peak < size + 3 * largest
 
 
 def test_a_source_reads_one_tensor_at_a_time(folder):
