@@ -11,14 +11,17 @@ import jax.numpy as jnp
 from jpeft.errors import JpeftError
 
 IMPLEMENTATIONS = ("xla", "cudnn", "pallas")
+_BACKENDS = {"cudnn": "gpu", "pallas": "tpu"}
+_TILE = 128  # tokens in a block of the TPU kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
     """Softmax attention over grouped heads.
 
-    implementation: "xla" (everywhere), "cudnn" (NVIDIA GPUs, 16-bit floats; Flash attention) or "pallas" (JAX's flash
-    kernel on TPUs). A value, so a model that holds it stays hashable where NNX needs it.
+    implementation: "xla" (everywhere), "cudnn" (NVIDIA GPUs, 16-bit floats) or "pallas" (JAX's flash kernel on TPUs,
+    where queries and keys are multiples of 128 tokens; "xla" for others, such as single decoded tokens). A value, so
+    that a model that holds it stays hashable where NNX needs it.
     """
 
     implementation: str = "xla"
@@ -43,15 +46,22 @@ class Attention:
         mask: bool, broadcastable to [B, N, T, S], True where a query may attend. bias: float, likewise, added to the
         scaled scores. is_causal: query t sees keys 0 to t (only for T = S). scale: default 1 / sqrt(H).
         """
-        if self.implementation == "pallas":
-            return _flash(q, k, v, mask, bias, is_causal, scale)
-        if self.implementation == "cudnn" and jax.default_backend() != "gpu":
-            raise JpeftError(f'attention="cudnn" needs a GPU, this is {jax.default_backend()!r}; use attention="xla"')
+        name: Any = self.implementation
+        if name in _BACKENDS and jax.default_backend() != _BACKENDS[name]:
+            raise JpeftError(
+                f"attention={name!r} needs a {_BACKENDS[name].upper()}, this is {jax.default_backend()!r}; "
+                'choose attention="xla"'
+            )
+        if name == "cudnn" and q.dtype not in (jnp.float16, jnp.bfloat16):
+            raise JpeftError(f'attention="cudnn" needs dtype="bfloat16" or "float16", the model computes in {q.dtype}')
+        if name == "pallas":
+            if q.shape[1] % _TILE == 0 and k.shape[1] % _TILE == 0:
+                return _flash(q, k, v, mask, bias, is_causal, scale)
+            name = "xla"
         if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # XLA on CPUs has no such product
             q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
             out = self(q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
             return out.astype(jnp.float16)
-        name: Any = self.implementation
         return jax.nn.dot_product_attention(
             q, k, v, bias=bias, mask=mask, is_causal=is_causal, scale=scale, implementation=name
         )
@@ -66,20 +76,20 @@ def _flash(
     is_causal: bool,
     scale: float | None,
 ) -> jax.Array:
-    if jax.default_backend() != "tpu":
-        raise JpeftError(f'attention="pallas" needs a TPU, this is {jax.default_backend()!r}; use attention="xla"')
     from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 
     batch, queries, heads, width = q.shape
     group = heads // k.shape[2]
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
-    added = bias
-    if mask is not None:  # the kernel knows no boolean masks
-        added = jnp.where(mask, 0.0 if bias is None else bias, -0.7 * jnp.finfo(jnp.float32).max)
+    scale = width**-0.5 if scale is None else scale
+    # The kernel knows no boolean masks, and adds the bias before it scales.
+    added = None if bias is None else bias / scale
+    if mask is not None:
+        added = jnp.where(mask, 0.0 if added is None else added, -1e30)
     if added is not None:
         added = jnp.broadcast_to(added, (batch, heads, queries, k.shape[2])).astype(jnp.float32)
-    out = flash_attention(q, k, v, ab=added, causal=is_causal, sm_scale=width**-0.5 if scale is None else scale)
+    out = flash_attention(q, k, v, ab=added, causal=is_causal, sm_scale=scale)
     return jnp.swapaxes(out, 1, 2)
 
 

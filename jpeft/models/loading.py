@@ -163,7 +163,7 @@ def local_folder(source: str | Path, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+    patterns = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
