@@ -6,14 +6,15 @@ A missing column, an unknown label or a row without content is an error with fil
 from __future__ import annotations
 
 import dataclasses
+import functools
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jpeft.errors import JpeftError, nearest
 from train import sources
-from train.examples import Example, Reader
+from train.examples import Example, Reader, check_messages
 from train.schema import DataConfig
 from train.sources import Rows
 
@@ -43,7 +44,7 @@ class Template:
     """A column, or text with columns in braces: `Question: {text}`."""
 
     def __init__(self, given: str, key: str):
-        self._given, self._key = given, key
+        self._given = given
         try:
             names = [name for _, name, _, _ in string.Formatter().parse(given) if name is not None]
         except ValueError as error:
@@ -56,10 +57,7 @@ class Template:
         self.columns: tuple[str, ...] = tuple(names) or (given,)
         self._plain = not names
 
-    def __call__(self, row: dict[str, Any], place: str) -> str:
-        for column in self.columns:
-            if row[column] is None:
-                raise JpeftError(f"{place}: column {column!r}, which data.{self._key} uses, is empty")
+    def __call__(self, row: Mapping[str, Any]) -> str:
         return (
             str(row[self._given]) if self._plain else self._given.format(**{name: row[name] for name in self.columns})
         )
@@ -103,6 +101,42 @@ def labels_of(data: DataConfig, train: Rows) -> tuple[str, ...]:
     return tuple(str(value) for value in (sorted(found) if numbers else sorted(found, key=str)))
 
 
+def check_rows(data: DataConfig, rows: Rows, labels: Sequence[str]) -> None:
+    """Raises JpeftError with file and line of the first row that cannot be used; nothing is tokenised for it."""
+    form = form_of(data)
+    if form == "classification":
+        number = _class_numbers(data, rows, labels)
+        for index, value in enumerate(rows.dataset[str(data.label)]):
+            number(value, index)
+    elif form == "chat":
+        for index, messages in enumerate(rows.dataset[str(data.messages)]):
+            check_messages(messages, functools.partial(rows.place, index))
+    elif form == "completion":
+        for key in ("prompt", "completion"):
+            for column in Template(str(getattr(data, key)), key).columns:
+                empty = next((i for i, value in enumerate(rows.dataset[column]) if value is None), None)
+                if empty is not None:
+                    raise JpeftError(f"{rows.place(empty)}: column {column!r}, which data.{key} uses, is empty")
+
+
+def _class_numbers(data: DataConfig, rows: Rows, labels: Sequence[str]) -> Callable[[Any, int], int]:
+    """The function (value of the label column, row) -> number of the class."""
+    classes = {label: number for number, label in enumerate(labels)}
+    names = getattr(rows.dataset.features[str(data.label)], "names", None)
+
+    def number(value: Any, index: int) -> int:
+        name = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else str(value)
+        if value is None or name not in classes:
+            near = f"; nearest: {', '.join(nearest(name, classes, 3))}" if value is not None else ""
+            raise JpeftError(
+                f"{rows.place(index)}: unknown label {name!r}; the labels are {', '.join(classes)}{near} "
+                "(data.labels sets them)"
+            )
+        return classes[name]
+
+    return number
+
+
 def prepare(
     data: DataConfig, train: Rows, test: Rows, labels: Sequence[str], tokenizer: Any, max_length: int, *, types: bool
 ) -> TaskData:
@@ -138,39 +172,25 @@ def _row_reader(
 ) -> Callable[[dict[str, Any], int], Iterable[Example]]:
     if form == "chat":
         messages = str(data.messages)
-        return lambda row, index: reader.chat(row[messages], index, rows.place(index))
+        return lambda row, index: reader.chat(row[messages], index, functools.partial(rows.place, index))
     if form == "completion":
         prompt, completion = Template(str(data.prompt), "prompt"), Template(str(data.completion), "completion")
 
-        def completed(row: dict[str, Any], index: int) -> list[Example]:
-            empty = [c for c in (*prompt.columns, *completion.columns) if row[c] is None]
-            place = rows.place(index) if empty else ""
-            return reader.completion(prompt(row, place), completion(row, place), index)
-
-        return completed
+        return lambda row, index: reader.completion(prompt(row), completion(row), index)
     text, label, text_pair = str(data.text), str(data.label), data.text_pair
     if form == "text":
         return lambda row, index: reader.text(str(row[text] or ""), index)
-    classes = {label: number for number, label in enumerate(labels)}
-    names = getattr(rows.dataset.features[label], "names", None)
+    number = _class_numbers(data, rows, labels)
 
     def classified(row: dict[str, Any], index: int) -> list[Example]:
-        value = row[label]
-        name = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else str(value)
-        if value is None or name not in classes:
-            near = f"; nearest: {', '.join(nearest(name, classes, 3))}" if value is not None else ""
-            raise JpeftError(
-                f"{rows.place(index)}: unknown label {name!r}; the labels are {', '.join(classes)}{near} "
-                "(data.labels sets them)"
-            )
         pair = None if text_pair is None else str(row[text_pair] or "")
-        return reader.classification(str(row[text] or ""), pair, classes[name], index)
+        return reader.classification(str(row[text] or ""), pair, number(row[label], index), index)
 
     return classified
 
 
 def _answers(data: DataConfig, train: Rows, test: Rows) -> tuple[list[str], list[str], tuple[str, ...]]:
     prompt, completion = Template(str(data.prompt), "prompt"), Template(str(data.completion), "completion")
-    prompts = [prompt(row, "") for row in test.dataset]
-    completions = [completion(row, "") for row in test.dataset]
-    return prompts, completions, tuple(dict.fromkeys(completion(row, "") for row in train.dataset))
+    prompts = [prompt(row) for row in test.dataset]
+    completions = [completion(row) for row in test.dataset]
+    return prompts, completions, tuple(dict.fromkeys(completion(row) for row in train.dataset))

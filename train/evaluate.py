@@ -139,13 +139,13 @@ def generate_texts(
         ids[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = 1
     made = jpeft.generate(
-        model, ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=reader.eos, **sampling
+        model, ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=reader.ends, **sampling
     )
     texts = []
     for row in np.asarray(made):
         new = [int(token) for token in row[length:]]
-        ended = new[: new.index(reader.eos)] if reader.eos in new else new
-        texts.append(reader.tokenizer.decode(ended, skip_special_tokens=True))
+        end = next((at for at, token in enumerate(new) if token in reader.ends), len(new))
+        texts.append(reader.tokenizer.decode(new[:end], skip_special_tokens=True))
     return texts
 
 

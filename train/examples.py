@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,14 @@ class Reader:
         if self.tokenizer.eos_token_id is None:
             raise JpeftError("the tokenizer has no end token (eos_token); a language model needs one to learn to stop")
         return int(self.tokenizer.eos_token_id)
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end what the model writes: the tokenizer's end token and the one that ends a chat's turns."""
+        turn: list[int] = []
+        if getattr(self.tokenizer, "chat_template", None):
+            turn = self.encode(self._chat_form[1].strip(), bos=False)[0][-1:]
+        return tuple(dict.fromkeys([self.eos, *turn]))
 
     def encode(self, text: str, *, bos: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, character spans) of a text, with one bos where the tokenizer wants one and the text has none."""
@@ -123,12 +131,12 @@ class Reader:
         targets = np.arange(len(ids)) >= max(start, 1)
         return [Example(np.asarray(ids, np.int32), targets, row)]
 
-    def chat(self, messages: Any, row: int, place: str) -> list[Example]:
+    def chat(self, messages: Any, row: int, place: Callable[[], str]) -> list[Example]:
         """A conversation, of which the assistant's turns and their end tokens are learnt.
 
-        Raises JpeftError naming `place` when the messages or the template do not allow it.
+        Raises JpeftError naming `place()` when the messages or the template do not allow it.
         """
-        _check_messages(messages, place)
+        check_messages(messages, place)
         text = self._render(messages)
         regions = self._assistant_regions(messages, text, place)
         ids, spans = self.encode(text, bos=False)
@@ -147,8 +155,10 @@ class Reader:
 
     def classification(self, text: str, pair: str | None, label: int, row: int) -> list[Example]:
         """A text or pair with a class."""
-        made = self.tokenizer(text, pair, truncation="longest_first", max_length=self.max_length, padding=False)
-        whole = self.tokenizer(text, pair, truncation=False, padding=False)
+        made = self.tokenizer(
+            text, pair, truncation="longest_first", max_length=self.max_length, return_token_type_ids=self.types
+        )
+        whole = self.tokenizer(text, pair)
         self.counts["rows longer than data.max_length, cut"] += len(whole.input_ids) > len(made.input_ids)
         if not text.strip():
             self.counts["rows without text left out"] += 1
@@ -182,7 +192,7 @@ class Reader:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         return {*self.tokenizer.all_special_tokens, *(str(token) for token in added.values() if token.special)}
 
-    def _assistant_regions(self, messages: Any, text: str, place: str) -> list[tuple[int, int]]:
+    def _assistant_regions(self, messages: Any, text: str, place: Callable[[], str]) -> list[tuple[int, int]]:
         """Character spans of `text` that the assistant writes, end tokens included."""
         pieces: list[str] = []
         owners: list[int] = []
@@ -207,8 +217,8 @@ class Reader:
         built += template[at:]
         if built != text:
             raise JpeftError(
-                f"{place}: the chat template changes the assistant's text in a way that cannot be followed, so what is to "
-                "be learnt cannot be told from the rest; use another template, or data.prompt and data.completion"
+                f"{place()}: the chat template changes the assistant's text in a way that cannot be followed, so what "
+                "is to be learnt cannot be told from the rest; use another template, or data.prompt and data.completion"
             )
         opening, closing = self._chat_form
         made, previous = [], 0
@@ -243,11 +253,12 @@ def _marked(content: str, pieces: list[str]) -> str:
     return made
 
 
-def _check_messages(messages: Any, place: str) -> None:
+def check_messages(messages: Any, place: Callable[[], str]) -> None:
+    """Raises JpeftError naming `place()` for what is no list of messages with a role and text."""
     if not isinstance(messages, list) or not messages:
-        raise JpeftError(f"{place}: the messages are not a list of {{role, content}}")
+        raise JpeftError(f"{place()}: the messages are not a list of {{role, content}}")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise JpeftError(f"{place}: message {number} has no role")
+            raise JpeftError(f"{place()}: message {number} has no role")
         if not isinstance(message.get("content"), str):
-            raise JpeftError(f"{place}: message {number} has no text in content")
+            raise JpeftError(f"{place()}: message {number} has no text in content")

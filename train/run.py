@@ -46,8 +46,11 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     display = display or Display()
     started = time.monotonic()
     config = configs.load(path, overrides)
+    session.check_sources(config)
     train_rows, test_rows = task_data.read_rows(config.data)
     labels = task_data.labels_of(config.data, train_rows)
+    for rows in (train_rows, test_rows):
+        task_data.check_rows(config.data, rows, labels)
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"labels": list(labels)})} if labels else {}
     )
@@ -231,10 +234,11 @@ def samples(
         return [], []
     classes = task.form == "classification"
     wanted = [task.labels[example.label] for example in task.test] if classes else task.completions
-    changed = [i for i in range(len(wanted)) if before.answers[i].strip() != after.answers[i].strip()]
-    same = [i for i in range(len(wanted)) if i not in set(changed)]
-    # Two in three of the rows shown changed; the rest did not, be they right or wrong.
-    chosen = sorted([*changed[: math.ceil(count * 2 / 3)], *same][:count])
+    changed = {i for i in range(len(wanted)) if before.answers[i].strip() != after.answers[i].strip()}
+    # Two in three of the rows shown changed, if there are as many; the others did not, be they right or wrong.
+    first = sorted(changed)[: math.ceil(count * 2 / 3)]
+    rest = sorted(set(range(len(wanted))) - set(first), key=lambda i: (i in changed, i))
+    chosen = sorted([*first, *rest][:count])
     rows = [[_short(asked[i]), _short(wanted[i]), _short(before.answers[i]), _short(after.answers[i])] for i in chosen]
     return ["text" if classes else "prompt", "wanted", "before", "after"], rows
 

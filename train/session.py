@@ -25,9 +25,22 @@ CONFIG, ADAPTER, METRICS = "config.yaml", "adapter", "metrics.jsonl"
 def keep_compiled() -> None:
     """Keeps compiled programs in the user's cache folder, so that the second run of a configuration starts at once."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jpeft" / "compiled"
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check_sources(config: Config) -> None:
+    """Raises JpeftError for a package that is missing and for a path that leads nowhere, without reading any file."""
+    for key in ("source", "tokenizer"):
+        source = getattr(config.model, key)
+        if source is None:
+            continue
+        path = packages.resolve(source)
+        # A hub id is a name, or two with a slash between them.
+        local = path.count("/") > 1 or path.startswith((".", "/", "~")) or path.endswith(".gguf")
+        if local and not Path(path).exists():
+            raise JpeftError(f"model.{key}: {source} does not exist (a hub id would be owner/name)")
 
 
 def base_model(config: Config, labels: tuple[str, ...]) -> Any:

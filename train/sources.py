@@ -5,6 +5,7 @@ What is wrong with a file is said with the file's name and line: `datasets` alon
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import json
@@ -101,6 +102,8 @@ def _file(path: Path) -> Rows:
         raise JpeftError(f"{path}: files end in {', '.join(_FORMATS)}, which says how to read them")
     if path.stat().st_size == 0:
         raise JpeftError(f"{path}: the file is empty")
+    if path.suffix != ".parquet":
+        _check_utf8(path)
     options: dict[str, Any] = {}
     if _FORMATS[path.suffix] == "csv":
         # Text such as "None" or "NA" is text; pandas would make it a missing value.
@@ -112,6 +115,20 @@ def _file(path: Path) -> Rows:
     if len(table) == 0:
         raise JpeftError(f"{path}: the file has no rows")
     return Rows(table, lambda index: _line(path, index), str(path))
+
+
+def _check_utf8(path: Path) -> None:
+    """Raises JpeftError with the line of the first bytes that are not UTF-8; `datasets` reads them as something."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                raise JpeftError(f"{path}, line {line}: not UTF-8 text: {error.reason}") from None
+            line += chunk.count(b"\n")
 
 
 def _hub(source: str, subset: str | None, split: str) -> Rows:
@@ -139,8 +156,6 @@ def _diagnosis(path: Path) -> str | None:
                     continue
                 try:
                     value = json.loads(raw)
-                except UnicodeDecodeError as error:
-                    return f"{path}, line {number}: not UTF-8 text: {error.reason}"
                 except json.JSONDecodeError as error:
                     return f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}"
                 if not isinstance(value, dict):
@@ -149,12 +164,14 @@ def _diagnosis(path: Path) -> str | None:
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-                header = next(reader, [])
+                header, count = next(reader, []), 0
                 for row in reader:
+                    count += bool(row)
                     if row and len(row) != len(header):
                         return f"{path}, line {reader.line_num}: {len(row)} fields; the header has {len(header)}"
-        except (UnicodeDecodeError, csv.Error) as error:
+        except csv.Error as error:
             return f"{path}: {error}"
+        return None if count else f"{path}: the file has no rows"
     return None
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jpeft.losses import token_losses
 
 import jpeft
 from jpeft.errors import JpeftError
+from jpeft.losses import token_losses
 from train.batches import IGNORED
 from train.schema import TrainingConfig
 
@@ -115,7 +115,7 @@ def make_step(graphdef: Any, form: str, transform: optax.GradientTransformation)
             (loss, grads), _ = jax.lax.scan(body, start, (jnp.arange(parts), batch))
         updates, state = transform.update(grads, state, adapter)
         adapter = optax.apply_updates(adapter, updates)
-        return adapter, state, {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+        return adapter, state, {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
 
     return jax.jit(step, donate_argnums=(0, 1))
 

@@ -53,7 +53,7 @@ def _prompt_ids(run: Run, prompt: str, raw: bool) -> list[int]:
             raise JpeftError(
                 f"the run's template {run.config.data.prompt!r} has several columns; give the whole prompt with --raw"
             )
-        prompt = template({template.columns[0]: prompt}, "--prompt")
+        prompt = template({template.columns[0]: prompt})
     return run.reader.prompt(prompt)
 
 

@@ -1,0 +1,194 @@
+"""Configurations: one rule for scalars in files and on the command line; all faults in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jpeft import JpeftError
+from train import config
+from train import strict_yaml as sy
+
+GOOD = """\
+model:
+  source: some/model
+method:
+  name: lora
+  rank: 4
+  targets: [q_proj]
+data:
+  source: rows.jsonl
+  text: text
+training:
+  learning_rate: 1e-3
+output:
+  folder: out
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-5", 2e-5),
+        ("2E-5", 2e-5),
+        (".1", 0.1),
+        ("1_000", 1000.0),
+        ("+3", 3.0),
+        ("0.5", 0.5),
+        ("1.", 1.0),
+        ("0", 0.0),
+    ],
+)
+def test_numbers(text: str, value: float) -> None:
+    assert sy.number(sy.Node(text, "")) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["08", "1e", "e5", ".", "_1", "1_", "0x10", "1:30", "nan", ".inf", "1e999", "three", "", "~"]
+)
+def test_no_numbers(text: str) -> None:
+    with pytest.raises(sy.NotThis):
+        sy.number(sy.Node(text, ""))
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("training.learning_rate=2e-5", 2e-5),
+        ("training.learning_rate=.1", 0.1),
+        ("training.epochs=1_000", 1000),
+        ("training.epochs=1e2", 100),
+        ("training.clip=~", None),
+        ("training.clip=null", None),
+        ("model.remat=on", True),
+        ("model.remat=no", False),
+        ("data.text=on", "on"),
+        ("data.text=no", "no"),
+        ("data.text=08", "08"),
+        ("data.text='~'", "~"),
+        ("data.test_size=500", 500),
+        ("data.test_size=.25", 0.25),
+        ("output.folder=a=b", "a=b"),
+    ],
+)
+def test_one_rule_for_files_and_overrides(config_file: Callable[..., Path], override: str, value: object) -> None:
+    key, _, text = override.partition("=")
+    section, _, name = key.partition(".")
+    made = config.load(config_file(GOOD), [override])
+    found = getattr(getattr(made, section), name)
+    assert found == value
+    assert type(found) is type(value)
+
+    lines = [line for line in GOOD.splitlines() if not line.startswith(f"  {name}:")]
+    if f"{section}:" not in lines:
+        lines.append(f"{section}:")
+    lines.insert(lines.index(f"{section}:") + 1, f"  {name}: {text}")
+    assert config.load(config_file("\n".join(lines), "file.yaml")) == made
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  learning_rate: 1e-3", "  num-epochs: 3", ["line 11: training.num-epochs: unknown key", "training.epochs?"]),
+        ("  rank: 4", "  lora_r: 4", ["line 5: method.lora_r", "did you mean method.rank?"]),
+        ("  rank: 4", "  lora_alpha: 4", ["method.lora_alpha", "did you mean method.alpha?"]),
+        ("  rank: 4", "  rnk: 4", ["method.rnk", "did you mean method.rank?"]),
+        ("  text: text", "  text: text\n  rank: 3", ["data.rank", "did you mean method.rank?"]),
+        ("  text: text", "  text: text\n  lr: 3", ["data.lr", "did you mean training.learning_rate?"]),
+        ("  rank: 4", "  rank: 4\n  rank: 8", ["line 6: method.rank: given twice, first on line 5"]),
+        ("  rank: 4", "\trank: 4", ["line 5: a tab in the indentation"]),
+        ("  rank: 4", "  rank: four", ["line 5: method.rank: 'four' is not a number"]),
+        ("  rank: 4", "  rank: 0", ["line 5: method: LoRA: rank=0"]),
+        ("  rank: 4", "  rank: 4.5", ["method.rank: '4.5' is not a whole number"]),
+        ("  rank: 4", "  rank: '4'", ["method.rank: '4' is quoted text, not a number; remove the quotes"]),
+        ("  rank: 4", "  rank: 04", ["method.rank: '04' has a leading zero; write 4"]),
+        ("name: lora", "name: lorra", ["method.name: no method 'lorra'", "did you mean lora?"]),
+        ("  name: lora\n", "", ["method.name: required"]),
+        ("1e-3", "-1e-3", ["line 11: training.learning_rate: -0.001 must be greater than 0"]),
+        ("1e-3", "no", ["training.learning_rate: 'no' is not a number"]),
+        ("1e-3", "[1]", ["training.learning_rate: a list is not a number"]),
+        ("  learning_rate: 1e-3", "  schedule: cosin", ["'cosin' is not one of constant, linear, cosine", "cosine?"]),
+        ("output:\n  folder: out\n", "", ["output: required"]),
+        ("  folder: out", "  overwrite: true", ["output.folder: required"]),
+        ("  folder: out", "  folder: ~", ["output.folder: nothing is not text", "~"]),
+        ("training:", "trainig:", ["trainig: unknown key; did you mean training?"]),
+        ("  text: text", "  prompt: p", ["data.prompt: needs data.completion"]),
+        ("  text: text", "  split: x", ["data.text: required"]),
+        ("  text: text", "  text: text\n  label: l\n  messages: m", ["label and messages are given"]),
+        ("  text: text", "  text: text\n  test_size: 1.5", ["data.test_size: 1.5 is neither"]),
+        ("  source: some/model", "  source: a\n  pooling: mean", ["data.label: required: model.pooling"]),
+        ("  targets: [q_proj]", "  targets: &a [q_proj]\n  exclude: *a", ["alias *a"]),
+        ("  rank: 4", "  rank: !!int 4", ["tag"]),
+        ("  rank: 4", "  rank: [4", ["not valid YAML"]),
+    ],
+)
+def test_faults(config_file: Callable[..., Path], old: str, new: str, said: list[str]) -> None:
+    assert old in GOOD
+    path = config_file(GOOD.replace(old, new))
+    with pytest.raises(JpeftError) as caught:
+        config.load(path)
+    assert str(path) in str(caught.value)
+    for part in said:
+        if part != "~":
+            assert part in str(caught.value).replace("'~'", "nothing")
+
+
+def test_all_faults_in_one_message(config_file: Callable[..., Path]) -> None:
+    text = GOOD.replace("  rank: 4", "  lora_r: 4").replace("1e-3", "fast").replace("  folder: out", "\tfoldr: out")
+    with pytest.raises(JpeftError) as caught:
+        config.load(config_file(text), ["training.seed=-1", "nothing", "data.txt=a"])
+    lines = str(caught.value).splitlines()
+    assert "7 faults" in lines[0] or "8 faults" in lines[0]
+    for part in (
+        "method.lora_r",
+        "learning_rate: 'fast'",
+        "a tab",
+        "output.foldr",
+        "seed: -1",
+        "command line, nothing",
+        "data.txt",
+    ):
+        assert sum(part in line for line in lines) >= 1, part
+
+
+def test_missing_and_empty_files(tmp_path: Path, config_file: Callable[..., Path]) -> None:
+    config_file(GOOD, "quickstart.yaml")
+    with pytest.raises(JpeftError, match=r"no such file; did you mean .*quickstart\.yaml"):
+        config.load(tmp_path / "quikstart.yaml")
+    with pytest.raises(JpeftError, match="the file is empty; needed are model, method"):
+        config.load(config_file("", "empty.yaml"))
+    with pytest.raises(JpeftError, match="is not a mapping"):
+        config.load(config_file("- a\n", "list.yaml"))
+
+
+def test_resolved_configuration_reads_back(config_file: Callable[..., Path], tmp_path: Path) -> None:
+    overrides = ["data.label=no", "data.labels=[on, '1', 1e3, ~x, 'null']", "method.layers=0:4", "training.clip=~"]
+    made = config.load(config_file(GOOD), overrides)
+    assert made.data.labels == ["on", "1", "1e3", "~x", "null"]
+    config.save(made, tmp_path / "saved.yaml")
+    assert config.load(tmp_path / "saved.yaml") == made
+    assert config.method_of(made).layers == (0, 1, 2, 3)
+
+
+def test_difference(config_file: Callable[..., Path]) -> None:
+    path = config_file(GOOD)
+    old, new = config.load(path), config.load(path, ["method.rank=8", "output.folder=elsewhere"])
+    assert config.difference(old, new) == ["method.rank: 4 -> 8"]
+
+
+def test_methods_compose(config_file: Callable[..., Path]) -> None:
+    one = "{name: lora, targets: [q_proj]}"
+    other = "{name: lora, adapter_name: second, targets: [v_proj]}"
+    head, _, tail = GOOD.partition("method:")
+    rest = tail[tail.index("data:") :]
+    made = config.load(config_file(f"{head}method:\n  - {one}\n  - {other}\n{rest}"))
+    assert [part.name for part in config.method_of(made).methods] == ["lora", "second"]
+    with pytest.raises(JpeftError, match=r"method\[1\]\.rnk"):
+        config.load(config_file(f"{head}method:\n  - {one}\n  - {{name: lora, rnk: 2}}\n{rest}"))
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations(path: Path) -> None:
+    config.load(path)

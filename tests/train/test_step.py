@@ -1,0 +1,163 @@
+"""The step: weighted by tokens, a pure function of its arguments, with a rate for each group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jpeft
+from train import batches
+from train.examples import Example
+from train.schema import TrainingConfig
+from train.step import make_scorer, make_step, optimizer, schedule
+
+LENGTHS = ((5, 3), (40, 30), (12, 1), (9, 0))  # tokens, learnt tokens
+
+
+def rows() -> list[Example]:
+    made = []
+    for row, (length, learnt) in enumerate(LENGTHS):
+        ids = np.random.default_rng(row).integers(5, 100, size=length).astype(np.int32)
+        made.append(Example(ids, np.arange(length) >= length - learnt, row))
+    return made
+
+
+def adapted(folder: Path, *, dropout: float = 0.0, **given: Any) -> Any:
+    model = jpeft.models.load(folder, dtype="float32", **given)
+    targets = "all-linear"
+    model = jpeft.LoRA(rank=2, targets=targets, dropout=dropout)(model, rngs=1)
+    graphdef, adapter, buffers, frozen = jpeft.partition(model)
+    key = jax.random.key(3)
+    # B starts as zero, which would hide most gradients.
+    moved = {
+        name: array + 0.1 * jax.random.normal(jax.random.fold_in(key, number), array.shape)
+        for number, (name, array) in enumerate(adapter.items())
+    }
+    return model, graphdef, moved, buffers, frozen
+
+
+def update(parts: Any, size: int, accumulation: int, *, key: int = 0, number: int = 0, form: str = "text") -> Any:
+    _, graphdef, adapter, buffers, frozen = parts
+    transform = optax.sgd(1.0)  # shows the gradient itself
+    step = make_step(graphdef, form, transform)
+    batch = batches.arrays(rows(), batches.Window((0, 1, 2, 3)[: size * accumulation], 40), size * accumulation, 32)
+    adapter = jax.tree.map(jnp.copy, adapter)
+    found, _, metrics = step(
+        adapter,
+        transform.init(adapter),
+        buffers,
+        frozen,
+        batches.split(batch, accumulation),
+        jax.random.key(key),
+        jnp.int32(number),
+    )
+    return found, metrics
+
+
+def assert_close(one: Any, other: Any, tolerance: float = 1e-6) -> None:
+    for name in one:
+        scale = max(1.0, float(jnp.abs(one[name]).max()))
+        np.testing.assert_allclose(one[name], other[name], atol=tolerance * scale, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(1, 2), (2, 2)])
+def test_accumulation_weighs_by_tokens(llama: Path, size: int, accumulation: int) -> None:
+    parts = adapted(llama)
+    whole, metrics = update(parts, size * accumulation, 1)
+    cut, same = update(parts, size, accumulation)
+    assert_close(whole, cut)
+    assert float(metrics["loss"]) == pytest.approx(float(same["loss"]), rel=1e-6)
+    assert any(float(jnp.abs(whole[name] - parts[2][name]).max()) > 1e-3 for name in whole)
+
+
+def test_the_loss_is_the_mean_over_learnt_tokens(llama: Path) -> None:
+    _, graphdef, adapter, buffers, frozen = adapted(llama)
+    score = make_scorer(graphdef, "text")
+    batch = batches.arrays(rows(), batches.Window((0, 1, 2, 3), 40), 4, 32)
+    losses, weights, _ = score(adapter, buffers, frozen, batch)
+    assert weights.tolist() == [3, 30, 1, 0]
+    assert float(losses[3]) == 0.0
+    model = jpeft.combine(graphdef, adapter, buffers, frozen)
+    for number, row in enumerate(rows()[:3]):
+        logits = jax.nn.log_softmax(model(jnp.asarray(row.ids)[None])[0])
+        wanted = [-logits[at - 1, row.ids[at]] for at in np.flatnonzero(row.targets)]
+        np.testing.assert_allclose(losses[number], sum(wanted), rtol=1e-5)
+
+
+def test_rows_that_fill_up_a_batch_weigh_nothing(llama: Path) -> None:
+    parts = adapted(llama)
+    _, graphdef, adapter, buffers, frozen = parts
+    score = make_scorer(graphdef, "text")
+    full = batches.arrays(rows(), batches.Window((0,), 40), 1, 32)
+    filled = batches.arrays(rows(), batches.Window((0,), 40), 4, 32)
+    one, other = (score(adapter, buffers, frozen, batch) for batch in (full, filled))
+    assert float(jnp.sum(one[0])) == pytest.approx(float(jnp.sum(other[0])), rel=1e-6)
+    assert float(jnp.sum(one[1])) == float(jnp.sum(other[1]))
+
+
+def test_a_batch_without_targets_changes_nothing(llama: Path) -> None:
+    parts = adapted(llama)
+    _, graphdef, adapter, buffers, frozen = parts
+    step = make_step(graphdef, "text", optax.sgd(1.0))
+    batch = batches.split(batches.arrays(rows(), batches.Window((3,), 40), 2, 32), 1)
+    kept = jax.tree.map(jnp.copy, adapter)
+    found, _, metrics = step(adapter, optax.sgd(1.0).init(adapter), buffers, frozen, batch, jax.random.key(0), 0)
+    assert float(metrics["loss"]) == 0.0
+    assert_close(kept, found, 0.0)
+
+
+def test_dropout_is_a_function_of_key_and_step(llama: Path) -> None:
+    parts = adapted(llama, dropout=0.5)
+    first, _ = update(parts, 2, 1)
+    again, _ = update(parts, 2, 1)
+    assert_close(first, again, 0.0)
+    for other, _ in (update(parts, 2, 1, number=1), update(parts, 2, 1, key=1)):
+        assert any(bool(jnp.any(first[name] != other[name])) for name in first)
+    # Micro-batches have masks of their own: the same row twice is not the same twice.
+    _, graphdef, adapter, buffers, frozen = parts
+    score = make_scorer(graphdef, "text")
+    batch = batches.arrays(rows(), batches.Window((0, 1), 40), 2, 32)
+    one, two = (score(adapter, buffers, frozen, batch)[0] for _ in range(2))
+    assert one.tolist() == two.tolist()
+
+
+def test_groups_have_their_own_rates(bert: Path) -> None:
+    model, _, adapter, _, _ = adapted(bert, task="sequence-classification", num_labels=3)
+    labels = {name: label for name, label in jpeft.param_labels(model).items() if name in adapter}
+    assert "head" in labels.values()
+    training = TrainingConfig(learning_rate=1e-3, head_learning_rate=1e-2, schedule="constant", warmup=0.0, clip=None)
+    transform = optimizer(training, 10, labels)
+    grads = {name: jnp.ones_like(array) for name, array in adapter.items()}
+    updates, state = transform.update(grads, transform.init(adapter), adapter)
+    for name, label in labels.items():
+        # AdamW's first step has the size of the rate.
+        np.testing.assert_allclose(updates[name], -1e-2 if label == "head" else -1e-3, rtol=1e-3)
+    moments = [leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "ndim", 0) > 0]
+    assert sum(leaf.size for leaf in moments) == 2 * sum(array.size for array in adapter.values())
+
+
+def test_a_rate_for_a_head_that_is_not_there(llama: Path) -> None:
+    model, _, adapter, _, _ = adapted(llama)
+    labels = {name: label for name, label in jpeft.param_labels(model).items() if name in adapter}
+    with pytest.raises(jpeft.JpeftError, match=r"head_learning_rate: nothing that trains is a new head"):
+        optimizer(TrainingConfig(head_learning_rate=1.0), 10, labels)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_schedules_count_optimizer_steps(kind: Any) -> None:
+    rate = schedule(TrainingConfig(schedule=kind, warmup=0.2), 20, 1.0)
+    values = [float(rate(step)) for step in range(20)]
+    np.testing.assert_allclose(values[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+    assert values[4] == pytest.approx(1.0)
+    if kind == "constant":
+        assert values[-1] == pytest.approx(1.0)
+    else:
+        assert 0 < values[-1] < 0.1
+        assert values[4:] == sorted(values[4:], reverse=True)
+    assert float(schedule(TrainingConfig(schedule=kind, warmup=0.0), 20, 1.0)(0)) == pytest.approx(1.0)
