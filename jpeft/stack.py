@@ -20,16 +20,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jpeft import surgery
 from jpeft.errors import JpeftError
 from jpeft.surgery import Path
 from jpeft.wrapper import Wrapper
 
-# Base weights are read by layer index inside the body and never kept for the backward pass, which reads them again:
-# neither pass holds a slice of the base, which would be a copy.
-_BASE_READ = "jpeft_base_read"
+# What a body without rematerialisation does not keep for its backward pass: base weights read by layer index, and the
+# cheap changes of layout behind such a read. Kept, they would pile up to a copy of the base.
+_READ_AGAIN = frozenset({"dynamic_slice", "squeeze", "reshape", "transpose", "convert_element_type"})
+
+
+def _keep(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in _READ_AGAIN
 
 
 def _is_shared(path: Path, variable: Any) -> bool:
@@ -120,17 +123,11 @@ class Stack(nnx.Module):
 
         def body(carry: Any, xs: Any) -> tuple[Any, None]:
             index, own = xs
-            whole = jax.tree.map(lambda a: _read(a, index), stacked)
+            whole = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stacked)
             return nnx.merge(graphdef, shared, own, whole)(carry, index, *args, **kwargs), None
 
-        policy = None if self.remat else jax.checkpoint_policies.save_anything_except_these_names(_BASE_READ)
         xs = (jnp.arange(start, stop, dtype=jnp.int32), nnx.from_flat_state(rows))
-        return jax.lax.scan(jax.checkpoint(body, policy=policy), carry, xs)[0]
-
-
-def _read(stacked: jax.Array, index: jax.Array) -> jax.Array:
-    row = jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False)
-    return row if jax.dtypes.issubdtype(row.dtype, jax.dtypes.prng_key) else checkpoint_name(row, _BASE_READ)
+        return jax.lax.scan(jax.checkpoint(body, policy=None if self.remat else _keep), carry, xs)[0]
 
 
 def _wrappers(layer: nnx.Module) -> list[tuple[Path, Wrapper]]:

@@ -184,12 +184,29 @@ MODELS: dict[str, Case] = {
     **{name: _family(name) for name in FAMILIES},
 }
 
-# At least one configuration of every registered method, suited to any model of the zoo.
+# One configuration of every registered method, suited to any model of the zoo.
 METHODS: dict[str, jpeft.Method] = {
     "lora": jpeft.LoRA(rank=2, alpha=3.0),
+}
+
+# Further configurations, which differ in ways that do not depend on the model: run on the models named here.
+VARIANTS: dict[str, jpeft.Method] = {
     "lora-rslora-gaussian": jpeft.LoRA(rank=4, alpha=2.0, use_rslora=True, init="gaussian", dropout=0.2),
     "lora-twice": jpeft.compose(jpeft.LoRA(rank=2), jpeft.LoRA(rank=4, name="second")),
+    "lora-some-layers": jpeft.LoRA(rank=2, layers=[1], targets="all-linear"),
+    "lora-ranks": jpeft.LoRA(rank=2, rank_pattern={"layers.0": 4, "layers.1": 0}, alpha_pattern={"layers.2": 5.0}),
 }
+VARIANT_MODELS = ("user-stack-remat", "llama")
+
+PAIRS = [
+    *((model, method) for model in MODELS for method in METHODS),
+    *((model, method) for model in VARIANT_MODELS for method in VARIANTS),
+]
+
+
+def method(name: str) -> jpeft.Method:
+    """A configuration by its name in `METHODS` or `VARIANTS`."""
+    return {**METHODS, **VARIANTS}[name]
 
 
 def trained(parts: jpeft.Partition, seed: int = 7, size: float = 0.1) -> dict[str, jax.Array]:

@@ -111,7 +111,8 @@ class LoRA(Method):
             return (self,)
         found: list[str] = []
         for node, layers in self._resolve(model):
-            found += [node.name] if layers is None else [node.expanded(member) for member in layers]
+            whole = node.name or "^$"  # the model itself has the empty name, which only this expression matches
+            found += [whole] if layers is None else [node.expanded(member) for member in layers]
         return (dataclasses.replace(self, targets=tuple(found), exclude=(), layers=None),)
 
     def _resolve(self, model: nnx.Module) -> list[tuple[Node, Layers]]:

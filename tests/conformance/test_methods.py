@@ -16,8 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jpeft
 from tests import zoo
 
-pytestmark = pytest.mark.parametrize("model_name", zoo.MODELS)
-methods = pytest.mark.parametrize("method_name", zoo.METHODS)
+pairs = pytest.mark.parametrize(("model_name", "method_name"), zoo.PAIRS)
 
 
 @functools.cache
@@ -27,7 +26,7 @@ def base_of(model_name: str, dtype: str = "float32") -> Any:
 
 @functools.cache
 def adapted_of(model_name: str, method_name: str) -> Any:
-    return zoo.METHODS[method_name](base_of(model_name), rngs=nnx.Rngs(5))
+    return zoo.method(method_name)(base_of(model_name), rngs=nnx.Rngs(5))
 
 
 @functools.cache
@@ -61,22 +60,22 @@ def arrays_of(model: nnx.Module) -> dict[str, Any]:
     return {**parts.adapter, **parts.buffers, **parts.frozen}
 
 
-@methods
+@pairs
 def test_starts_as_the_base(model_name: str, method_name: str) -> None:
     assert jnp.array_equal(evaluate(model_name, adapted_of(model_name, method_name)), output(model_name))
 
 
-@methods
+@pairs
 def test_shares_and_leaves_the_base(model_name: str, method_name: str) -> None:
     base = base_of(model_name)
     before = arrays_of(base)
-    frozen = jpeft.partition(zoo.METHODS[method_name](base, rngs=nnx.Rngs(5))).frozen
+    frozen = jpeft.partition(zoo.method(method_name)(base, rngs=nnx.Rngs(5))).frozen
     assert arrays_of(base).keys() == before.keys()
     assert all(arrays_of(base)[key] is before[key] for key in before)
     assert all(frozen[key] is before[key] for key in frozen)
 
 
-@methods
+@pairs
 def test_trains_and_only_what_it_should(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     loss = loss_of(model_name, parts)
@@ -104,7 +103,7 @@ def test_trains_and_only_what_it_should(model_name: str, method_name: str) -> No
     assert all(np.array_equal(copies[name], parts.frozen[name]) for name in copies)
 
 
-@methods
+@pairs
 def test_merging_computes_the_same(model_name: str, method_name: str) -> None:
     adapted = adapted_of(model_name, method_name)
     parts = jpeft.partition(adapted)
@@ -121,14 +120,14 @@ def test_merging_computes_the_same(model_name: str, method_name: str) -> None:
     }
 
 
-@methods
+@pairs
 def test_stripping_gives_the_base_back(model_name: str, method_name: str) -> None:
     stripped, base = jpeft.strip(adapted_of(model_name, method_name)), base_of(model_name)
     assert nnx.graphdef(stripped) == nnx.graphdef(base)
     assert all(arrays_of(stripped)[key] is value for key, value in arrays_of(base).items())
 
 
-@methods
+@pairs
 def test_both_ways_into_optax_agree(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     loss, optimizer = loss_of(model_name, parts), optax.adamw(1e-2, weight_decay=0.1)
@@ -164,7 +163,7 @@ def test_both_ways_into_optax_agree(model_name: str, method_name: str) -> None:
         assert all(jnp.array_equal(new[k], tree[k]) for k in tree if k not in expected)
 
 
-@methods
+@pairs
 def test_switching_tasks_recompiles_nothing(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     run = forward(model_name, parts)
@@ -173,7 +172,7 @@ def test_switching_tasks_recompiles_nothing(model_name: str, method_name: str) -
     assert not jnp.allclose(outputs[0], outputs[1])
 
 
-@methods
+@pairs
 def test_many_adapters_at_once_by_vmap(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     adapters = [zoo.trained(parts, seed) for seed in range(3)]
@@ -186,7 +185,7 @@ def test_many_adapters_at_once_by_vmap(model_name: str, method_name: str) -> Non
     assert max(zoo.relative(gradients[k][1], one_gradient[k]) for k in one_gradient) < 1e-4
 
 
-@methods
+@pairs
 def test_sharded_equals_one_device(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     adapter, loss = zoo.trained(parts), loss_of(model_name, parts)
@@ -207,11 +206,11 @@ def test_sharded_equals_one_device(model_name: str, method_name: str) -> None:
     assert max(zoo.relative(sharded_gradient[k], gradient[k]) for k in gradient) < 1e-4
 
 
-@methods
+@pairs
 def test_low_precision_base(model_name: str, method_name: str) -> None:
     base = base_of(model_name, "bfloat16")
     expected = evaluate(model_name, base)
-    adapted = zoo.METHODS[method_name](base, rngs=nnx.Rngs(5))
+    adapted = zoo.method(method_name)(base, rngs=nnx.Rngs(5))
     parts = jpeft.partition(adapted)
     trained = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
     assert {v.dtype.name for v in jpeft.partition(adapted).adapter.values()} <= {"float32", "bfloat16"}
@@ -221,18 +220,18 @@ def test_low_precision_base(model_name: str, method_name: str) -> None:
     assert zoo.relative(evaluate(model_name, merged), made) < 5e-2
 
 
-@methods
+@pairs
 def test_a_merge_that_overflows_is_refused(model_name: str, method_name: str) -> None:
     base = base_of(model_name, "float16")
     before = arrays_of(base)
-    parts = jpeft.partition(zoo.METHODS[method_name](base, rngs=nnx.Rngs(5)))
+    parts = jpeft.partition(zoo.method(method_name)(base, rngs=nnx.Rngs(5)))
     huge = {key: jnp.full(value.shape, 1e4, value.dtype) for key, value in parts.adapter.items()}
     with pytest.raises(jpeft.JpeftError, match="not finite"):
         jpeft.merge(jpeft.combine(parts.graphdef, huge, parts.buffers, parts.frozen))
     assert all(arrays_of(base)[key] is value for key, value in before.items())
 
 
-@methods
+@pairs
 def test_saved_and_loaded_bit_for_bit(model_name: str, method_name: str, tmp_path: Any) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
@@ -245,16 +244,17 @@ def test_saved_and_loaded_bit_for_bit(model_name: str, method_name: str, tmp_pat
     assert jpeft.applied(loaded) == jpeft.applied(adapted_of(model_name, method_name))
 
 
-@methods
+@pairs
 def test_abstract_models(model_name: str, method_name: str) -> None:
     make = zoo.MODELS[model_name].make
-    abstract = nnx.eval_shape(lambda: zoo.METHODS[method_name](make("float32"), rngs=nnx.Rngs(5)))
+    abstract = nnx.eval_shape(lambda: zoo.method(method_name)(make("float32"), rngs=nnx.Rngs(5)))
     concrete = jpeft.partition(adapted_of(model_name, method_name))
     for got, want in zip(jpeft.partition(abstract)[1:], concrete[1:], strict=True):
         assert {k: (v.shape, v.dtype) for k, v in got.items()} == {k: (v.shape, v.dtype) for k, v in want.items()}
     assert jpeft.describe(abstract).trainable == sum(v.size for v in concrete.adapter.values())
 
 
+@pytest.mark.parametrize("model_name", zoo.MODELS)
 def test_dropout_is_a_function_of_its_key(model_name: str) -> None:
     adapted = jpeft.LoRA(rank=2, dropout=0.5)(base_of(model_name), rngs=nnx.Rngs(5))
     parts = jpeft.partition(adapted)
@@ -266,3 +266,7 @@ def test_dropout_is_a_function_of_its_key(model_name: str) -> None:
     assert not jnp.allclose(noisy(first, *arrays), noisy(second, *arrays))
     quiet = forward(model_name, parts)
     assert jnp.array_equal(quiet(*arrays), quiet(*arrays))
+
+
+def test_every_registered_method_is_here() -> None:
+    assert {type(method) for method in zoo.METHODS.values()} == set(jpeft.METHODS.values())
