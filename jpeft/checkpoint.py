@@ -1,8 +1,8 @@
 """Adapters on disk, through Orbax: written whole or not at all, and refused when they do not belong to the base.
 
 A saved adapter is an Orbax checkpoint with two parts, `adapter` (what trained) and `buffers` (scales and masks). Its
-metadata, plain JSON in `_CHECKPOINT_METADATA`, holds the methods' configurations and what identifies the base: shape and
-dtype of each of its arrays and a few of its values. It loads onto any mesh and any number of devices.
+metadata, plain JSON in `_CHECKPOINT_METADATA`, holds the methods' configurations and what identifies the base: shape
+and dtype of each of its arrays and a few of its values. It loads onto any mesh and any number of devices.
 """
 
 from __future__ import annotations
@@ -66,15 +66,16 @@ def load_adapter(path: str | Path, base_model: Any, *, check_base: bool = True) 
     """`base_model` with the adapter saved at `path`: the methods are applied again and their arrays restored.
 
     Raises JpeftError, with all differences listed, if `path` is no adapter, was written by a newer version, names an
-    unknown method, or was trained on another base. check_base=False accepts a base with other values of the same shapes.
+    unknown method, or was trained on another base. check_base=False accepts a base with other values of the same
+    shapes.
     """
     from orbax.checkpoint import v1 as ocp
 
     path = Path(path).absolute()
     metadata = read_metadata(path)
-    methods = _methods(path, metadata)
+    methods = _methods(path, metadata["methods"])
     frozen = partition(base_model).frozen
-    differences = _compare_base(metadata.get("base", {}), frozen, values=check_base)
+    differences = _compare_base(metadata["base"], frozen, values=check_base)
     if differences:
         _refuse(path, "was trained on another base", differences)
 
@@ -109,13 +110,31 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise JpeftError(
             f"load_adapter: {str(path)!r} has format version {version!r}; this jpeft reads up to {VERSION}: upgrade it"
         )
-    return metadata
+    return _validated(path, metadata)
 
 
-def _methods(path: Path, metadata: dict[str, Any]) -> tuple[Method, ...]:
+def _validated(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    import pydantic
+
+    class BaseArray(pydantic.BaseModel):
+        shape: list[int]
+        dtype: str
+        values: list[float]
+
+    class Metadata(pydantic.BaseModel):
+        methods: list[dict[str, Any]]
+        base: dict[str, BaseArray]
+
     try:
-        return tuple(from_dict(config) for config in metadata.get("methods", ()))
-    except (JpeftError, TypeError, AttributeError) as error:
+        return Metadata.model_validate(metadata).model_dump()
+    except pydantic.ValidationError as error:
+        raise JpeftError(f"load_adapter: the description in {str(path)!r} cannot be used: {error}") from error
+
+
+def _methods(path: Path, configs: list[dict[str, Any]]) -> tuple[Method, ...]:
+    try:
+        return tuple(from_dict(config) for config in configs)
+    except (JpeftError, TypeError) as error:
         raise JpeftError(f"load_adapter: the configuration in {str(path)!r} cannot be used: {error}") from error
 
 

@@ -122,7 +122,8 @@ def test_layers_scattered_over_many_runs_share_one_hull() -> None:
 def test_two_methods_with_different_layers() -> None:
     base = zoo.UserModel(nnx.Rngs(0), stacked=True, depth=6)
     both = jpeft.compose(
-        jpeft.LoRA(rank=2, targets="up", layers=range(4)), jpeft.LoRA(rank=2, targets=["up", "down"], layers=range(2, 6), name="b")
+        jpeft.LoRA(rank=2, targets="up", layers=range(4)),
+        jpeft.LoRA(rank=2, targets=["up", "down"], layers=range(2, 6), name="b"),
     )(base, rngs=nnx.Rngs(0))
     parts = jpeft.partition(both)
     model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)

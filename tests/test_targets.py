@@ -101,9 +101,15 @@ def test_layers(deep: Any) -> None:
         ({"targets": "q_proj", "exclude": "q_proj"}, r"leaves none"),
         ({"targets": []}, r"targets is empty"),
         ({"targets": lambda name, module: False}, r"predicate .* accepts no module"),
-        ({"targets": "q_proj", "layers": [0, 7]}, r"layers=\[7\] not among the layers of the targets, which are 0 to 2"),
+        (
+            {"targets": "q_proj", "layers": [0, 7]},
+            r"layers=\[7\] not among the layers of the targets, which are 0 to 2",
+        ),
         ({"targets": "lm_head", "layers": [0]}, r"no target lies in a numbered layer"),
-        ({"rank_pattern": {"q_porj": 4}}, r"rank_pattern entries that match no adapted module: 'q_porj' \(nearest: .*q_proj"),
+        (
+            {"rank_pattern": {"q_porj": 4}},
+            r"rank_pattern entries that match no adapted module: 'q_porj' \(nearest: .*q_proj",
+        ),
         ({"targets": "q_proj", "alpha_pattern": {"k_proj": 4}}, r"alpha_pattern entries .* 'k_proj'"),
     ],
 )
@@ -113,7 +119,7 @@ def test_what_matches_nothing_is_refused(llama: Any, config: dict[str, Any], mes
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
 
 
-@pytest.mark.parametrize("entry", ["(q_proj", "*x", 3, None and "", ""])
+@pytest.mark.parametrize("entry", ["(q_proj", "*x", 3, ""])
 def test_what_is_no_entry_is_refused(entry: Any) -> None:
     with pytest.raises(jpeft.JpeftError):
         jpeft.LoRA(targets=[entry])
@@ -152,7 +158,9 @@ def test_a_second_all_linear_wraps_no_wrapper(llama: Any) -> None:
     once = jpeft.LoRA(rank=2)(llama, rngs=nnx.Rngs(0))
     twice = jpeft.LoRA(rank=2, name="more")(once, rngs=nnx.Rngs(0))
     assert len(jpeft.partition(twice).adapter) == 2 * len(jpeft.partition(once).adapter)
-    with pytest.raises(jpeft.JpeftError, match=r"has an adapter named 'lora' already; give the second one another name"):
+    with pytest.raises(
+        jpeft.JpeftError, match=r"has an adapter named 'lora' already; give the second one another name"
+    ):
         jpeft.LoRA(rank=2)(once, rngs=nnx.Rngs(0))
 
 

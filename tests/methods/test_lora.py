@@ -50,7 +50,13 @@ def test_bad_configurations(config: dict[str, Any], message: str) -> None:
 
 def test_configuration_survives_json() -> None:
     method = jpeft.LoRA(
-        rank=4, alpha=2.5, layers=range(2, 4), targets=["up", "down"], exclude="down", rank_pattern={"up": 3}, dropout=0.1
+        rank=4,
+        alpha=2.5,
+        layers=range(2, 4),
+        targets=["up", "down"],
+        exclude="down",
+        rank_pattern={"up": 3},
+        dropout=0.1,
     )
     assert from_dict(json.loads(json.dumps(method.to_dict()))) == method
     assert hash(from_dict(method.to_dict())) == hash(method)
@@ -126,9 +132,9 @@ def test_ranks_per_layer_equal_ragged_adapters(stacked: Any) -> None:
     assert zoo.relative(model(ids), by_hand(ids)) < 1e-5
     assert zoo.relative(jpeft.merge(model)(ids), by_hand(ids)) < 1e-5
 
-    gradient = jax.grad(
-        lambda v: jnp.sum(jpeft.combine(parts.graphdef, v, parts.buffers, parts.frozen)(ids) ** 2)
-    )(values)
+    gradient = jax.grad(lambda v: jnp.sum(jpeft.combine(parts.graphdef, v, parts.buffers, parts.frozen)(ids) ** 2))(
+        values
+    )
     assert not jnp.any(gradient["layers/up/lora/a"][1, :, 1:])
     assert not jnp.any(gradient["layers/up/lora/b"][1, 1:])
 
@@ -157,7 +163,9 @@ def test_distribution_of_initial_values() -> None:
     assert abs(float(uniform.std()) * 20 - 1 / math.sqrt(3)) < 0.02
     normal = jpeft.LoRA(rank=16, init="gaussian")(base, rngs=nnx.Rngs(0)).a[...]
     assert abs(float(normal.std()) * 16 - 1) < 0.05
-    table = jpeft.LoRA(rank=64, targets=lambda name, module: True)(nnx.Embed(50, 300, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    table = jpeft.LoRA(rank=64, targets=lambda name, module: True)(
+        nnx.Embed(50, 300, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)
+    )
     assert not jnp.any(table.a[...])
     assert abs(float(table.b[...].std()) - 1) < 0.02
 

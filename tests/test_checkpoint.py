@@ -1,0 +1,258 @@
+"""Adapters on disk: refused by name when they do not belong, whole or not there, on any mesh."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jpeft
+from tests import zoo
+
+
+def base(seed: int = 0, **config: Any) -> Any:
+    return zoo.UserModel(nnx.Rngs(seed), **{"stacked": True, **config})
+
+
+def trained(model: Any) -> Any:
+    parts = jpeft.partition(jpeft.LoRA(rank=2)(model, rngs=nnx.Rngs(0)))
+    return jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return jpeft.save_adapter(tmp_path / "adapter", trained(base()))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Overwrites parts of what was written beside the arrays."""
+    file = folder / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_text())
+    content["custom_metadata"].update(changes)
+    file.write_text(json.dumps(content))
+
+
+def test_another_base_is_refused(folder: Path) -> None:
+    with pytest.raises(jpeft.JpeftError, match=r"trained on another base:\n.*values of 'embed/embedding' differ"):
+        jpeft.load_adapter(folder, base(1))
+    assert jpeft.load_adapter(folder, base(1), check_base=False)
+    with pytest.raises(jpeft.JpeftError, match=r"'layers/up/kernel' had shape \(3, 12, 20\) and has \(4, 12, 20\)"):
+        jpeft.load_adapter(folder, base(depth=4))
+    with pytest.raises(
+        jpeft.JpeftError, match=r"no array 'layers/up/kernel'(.|\n)*'layers/0/up/kernel' that was not there"
+    ):
+        jpeft.load_adapter(folder, base(stacked=False))
+    with pytest.raises(jpeft.JpeftError, match="trained on another base"):
+        jpeft.load_adapter(folder, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_the_same_base_in_another_precision_is_accepted(folder: Path) -> None:
+    cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16), nnx.state(base()))
+    model = base()
+    nnx.update(model, cast)
+    loaded = jpeft.partition(jpeft.load_adapter(folder, model))
+    assert loaded.frozen["layers/up/kernel"].dtype == jnp.bfloat16
+    assert jnp.array_equal(
+        loaded.adapter["layers/up/lora/a"], jpeft.partition(trained(base())).adapter["layers/up/lora/a"]
+    )
+
+
+def test_another_method_is_refused(folder: Path) -> None:
+    edit(folder, methods=[jpeft.LoRA(rank=4).to_dict()])
+    with pytest.raises(
+        jpeft.JpeftError, match=r"'layers/up/lora/a' has shape \(3, 12, 2\) in the file and \(3, 12, 4\)"
+    ):
+        jpeft.load_adapter(folder, base())
+    edit(folder, methods=[jpeft.LoRA(rank=2, targets="up").to_dict()])
+    with pytest.raises(jpeft.JpeftError, match="'layers/down/lora/a' has no place in the model"):
+        jpeft.load_adapter(folder, base())
+    edit(folder, methods=[jpeft.LoRA(rank=2, targets=["up", "down"], name="other").to_dict()])
+    with pytest.raises(jpeft.JpeftError, match="'layers/up/other/a' is missing in the file"):
+        jpeft.load_adapter(folder, base())
+    edit(folder, methods=[{"method": "from_the_future", "rank": 3}])
+    with pytest.raises(jpeft.JpeftError, match="unknown method 'from_the_future'"):
+        jpeft.load_adapter(folder, base())
+    edit(folder, methods=[{"method": "lora", "rank": 2, "newer_field": 1}])
+    with pytest.raises(jpeft.JpeftError, match="unknown fields 'newer_field'"):
+        jpeft.load_adapter(folder, base())
+    edit(folder, methods="lora")
+    with pytest.raises(jpeft.JpeftError, match="cannot be used"):
+        jpeft.load_adapter(folder, base())
+    edit(folder, methods=[{"method": "lora", "targets": "q_proj"}])
+    with pytest.raises(jpeft.JpeftError, match="does not fit this model: .*'q_proj' matches nothing"):
+        jpeft.load_adapter(folder, base())
+
+
+def test_a_newer_format_is_refused(folder: Path) -> None:
+    edit(folder, version=2)
+    with pytest.raises(jpeft.JpeftError, match="format version 2; this jpeft reads up to 1"):
+        jpeft.load_adapter(folder, base())
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    from orbax.checkpoint import v1 as ocp
+
+    with pytest.raises(jpeft.JpeftError, match="there is no folder"):
+        jpeft.load_adapter(tmp_path / "missing", base())
+    with pytest.raises(jpeft.JpeftError, match="no complete jpeft adapter"):
+        jpeft.load_adapter(tmp_path, base())
+    ocp.save(tmp_path / "other", {"a": jnp.ones(3)})
+    with pytest.raises(jpeft.JpeftError, match="not an adapter that jpeft saved"):
+        jpeft.load_adapter(tmp_path / "other", base())
+
+
+def test_damage_is_one_clear_error(folder: Path) -> None:
+    for file in sorted(folder.glob("adapter/**/d/*")):
+        file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(jpeft.JpeftError, match="cannot be read|is damaged"):
+        jpeft.load_adapter(folder, base())
+
+
+@pytest.mark.parametrize("values", [{"base": {}}, {"base": {"embed/embedding": {"shape": [1]}}}, {"base": 3}])
+def test_a_tampered_description_is_refused(folder: Path, values: dict[str, Any]) -> None:
+    edit(folder, **values)
+    with pytest.raises(jpeft.JpeftError):
+        jpeft.load_adapter(folder, base())
+
+
+def test_nothing_is_overwritten_unasked(folder: Path) -> None:
+    with pytest.raises(jpeft.JpeftError, match="exists; choose another folder or pass overwrite=True"):
+        jpeft.save_adapter(folder, trained(base()))
+    jpeft.save_adapter(folder, jpeft.LoRA(rank=3)(base(), rngs=1), overwrite=True)
+    assert jpeft.applied(jpeft.load_adapter(folder, base()))[0].rank == 3
+
+
+def test_unusable_places_and_models(tmp_path: Path) -> None:
+    with pytest.raises(jpeft.JpeftError, match="nothing trainable; apply a method first"):
+        jpeft.save_adapter(tmp_path / "a", base())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(jpeft.JpeftError, match="cannot write"):
+        jpeft.save_adapter(tmp_path / "file" / "adapter", trained(base()))
+
+
+def test_a_predicate_is_saved_by_the_names_it_chose(tmp_path: Path) -> None:
+    adapted = jpeft.LoRA(rank=2, targets=lambda name, module: name.endswith("1.up"))(base(), rngs=0)
+    jpeft.save_adapter(tmp_path / "a", adapted)
+    loaded = jpeft.load_adapter(tmp_path / "a", base())
+    assert jpeft.applied(loaded)[0].targets == ("layers.1.up",)
+    assert jpeft.partition(loaded).adapter["layers/up/lora/a"].shape[0] == 1
+
+
+def test_moves_between_meshes(tmp_path: Path) -> None:
+    def spread(model: Any, devices: int) -> Any:
+        mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+        def place(a: jax.Array) -> jax.Array:
+            axis = next((i for i, size in enumerate(a.shape) if size % devices == 0), None)
+            return jax.device_put(
+                a, NamedSharding(mesh, PartitionSpec(*("fsdp" if i == axis else None for i in range(a.ndim))))
+            )
+
+        parts = jpeft.partition(model)
+        return jpeft.combine(parts.graphdef, *({k: place(v) for k, v in part.items()} for part in parts[1:]))
+
+    expected = jpeft.partition(trained(base())).adapter
+    jpeft.save_adapter(tmp_path / "a", spread(trained(base()), 4))
+    for target in (base(), spread(base(), 2), spread(base(), 8)):
+        adapter = jpeft.partition(jpeft.load_adapter(tmp_path / "a", target)).adapter
+        assert all(jnp.array_equal(adapter[key], value) for key, value in expected.items())
+
+
+def test_a_killed_save_leaves_no_adapter(tmp_path: Path) -> None:
+    """The process dies in the middle of writing: what is there is not taken for an adapter."""
+    script = textwrap.dedent(
+        f"""
+        import os, pathlib, jpeft
+        from flax import nnx
+        model = jpeft.LoRA(rank=2)(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), rngs=0)
+        def die(*args, **kwargs):
+            os._exit(9)
+        os.rename = os.replace = pathlib.Path.rename = pathlib.Path.replace = die
+        jpeft.save_adapter({str(tmp_path / "adapter")!r}, model)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, env=_environment())
+    assert done.returncode == 9, done.stderr.decode()[-2000:]
+    with pytest.raises(jpeft.JpeftError, match="there is no folder|no complete jpeft adapter"):
+        jpeft.load_adapter(tmp_path / "adapter", nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+_TWO = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+number, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, number)
+import jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import jpeft
+
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+base = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+parts = jpeft.partition(jpeft.LoRA(rank=2, dropout=0.25)(base, rngs=nnx.Rngs(1)))
+def put(tree, spec=P()):
+    at = NamedSharding(mesh, spec)
+    return {k: jax.make_array_from_callback(v.shape, at, np.asarray(v).__getitem__) for k, v in tree.items()}
+adapter, buffers, frozen = (put(part) for part in parts[1:])
+x = put({"x": np.arange(64, dtype=np.float32).reshape(8, 8) / 64}, P("data"))["x"]
+optimizer = optax.adam(1e-2)
+
+@jax.jit
+def step(adapter, state, buffers, frozen, x, key):
+    def loss(adapter):
+        return jnp.mean((jpeft.combine(parts.graphdef, adapter, buffers, frozen, dropout=key)(x) - 1) ** 2)
+    value, gradient = jax.value_and_grad(loss)(adapter)
+    updates, state = optimizer.update(gradient, state)
+    return optax.apply_updates(adapter, updates), state, value
+
+state = jax.jit(optimizer.init)(adapter)
+for number in range(3):
+    adapter, state, value = step(adapter, state, buffers, frozen, x, jax.random.fold_in(jax.random.key(0), number))
+model = jpeft.combine(parts.graphdef, adapter, buffers, frozen)
+jpeft.save_adapter(folder, model)
+again = jpeft.partition(jpeft.load_adapter(folder, jpeft.strip(model))).adapter
+for key, array in adapter.items():
+    assert np.array_equal(array.addressable_data(0), again[key].addressable_data(0)), key
+print("agreed", float(value), float(jnp.sum(adapter["lora/b"].addressable_data(0))))
+"""
+
+
+def test_two_processes_train_save_and_load_together(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    folder = tmp_path / "adapter"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", _TWO, str(number), port, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment(),
+        )
+        for number in range(2)
+    ]
+    results = [process.communicate(timeout=240) for process in running]
+    assert [process.returncode for process in running] == [0, 0], results
+    lines = [out.splitlines()[-1] for out, _ in results]
+    assert lines[0] == lines[1]
+    assert lines[0].startswith("agreed")
+    alone = jpeft.load_adapter(folder, nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    assert abs(float(jnp.sum(alone.b[...])) - float(lines[0].split()[2])) < 1e-6
