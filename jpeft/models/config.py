@@ -183,7 +183,7 @@ class Fields:
             "bos_token_id": self.token("bos_token_id", defaults.get("bos_token_id")),
             "eos_token_id": self.tokens("eos_token_id", defaults.get("eos_token_id")),
             "labels": self.labels(),
-            "source": json.dumps(dict(self.raw), sort_keys=True),
+            "source": json.dumps(dict(self.raw), sort_keys=True, default=str),
         }
 
 

@@ -92,6 +92,8 @@ def family(model_type: Any, where: str = "model_type") -> Family:
 
 def parse_config(raw: Mapping[str, Any], where: str = "config") -> tuple[Family, Config]:
     """The family and configuration that a config.json describes."""
+    if not isinstance(raw, Mapping):
+        raise JpeftError(f"{where}: expected the object in a config.json, found {type(raw).__name__}")
     found = family(raw.get("model_type"), where)
     return found, found.parse(Fields(raw, where))
 

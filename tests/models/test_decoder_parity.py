@@ -1,9 +1,14 @@
 """Decoders against transformers in float32, on tiny random models of every family."""
 
+import json
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import jpeft
 import jpeft.models
 
 torch = pytest.importorskip("torch")
@@ -196,6 +201,34 @@ def test_saved_model_has_the_same_logits(pair, tmp_path):
     np.testing.assert_array_equal(ask(again, ids), ask(peer, ids))
 
 
+@pytest.mark.parametrize("case", ["llama-biases", "gpt2-untied"])
+def test_a_merged_adapter_is_saved_as_part_of_the_weights(case, tmp_path):
+    make_peer(case).save_pretrained(tmp_path)
+    model = jpeft.LoRA(rank=3, targets="all-linear")(jpeft.models.load(tmp_path), rngs=nnx.Rngs(0))
+    graphdef, adapter, buffers, frozen = jpeft.partition(model)
+    random = np.random.RandomState(0)
+    adapter = jax.tree.map(lambda a: jnp.asarray(random.normal(size=a.shape, scale=0.1), a.dtype), adapter)
+    model = jpeft.combine(graphdef, adapter, buffers, frozen)
+    ids = tokens()
+    with pytest.raises(jpeft.JpeftError, match=r"jpeft\.merge"):
+        jpeft.models.save(model, tmp_path / "saved")
+    folder = jpeft.models.save(jpeft.merge(model), tmp_path / "saved")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    check(model(ids), ask(peer, ids))
+
+
+def test_the_cache_is_written_in_place(tmp_path):
+    make_peer("llama").save_pretrained(tmp_path)
+    model = jpeft.models.load(tmp_path)
+    cache = model.init_cache(2, 4096)
+    graphdef, state = nnx.split(model)
+    step = jax.jit(lambda s, ids, cache: nnx.merge(graphdef, s)(ids, cache=cache), donate_argnums=2)
+    memory = step.lower(state, jnp.ones((2, 1), jnp.int32), cache).compile().memory_analysis()
+    held = cache["k"].nbytes + cache["v"].nbytes
+    assert memory.alias_size_in_bytes >= held
+    assert memory.temp_size_in_bytes < held / 2
+
+
 @pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
 def test_sequence_classification(case, tmp_path):
     names = {0: "low", 1: "middle", 2: "high"}
@@ -228,9 +261,6 @@ def test_base_model(tmp_path):
 @pytest.mark.parametrize("case", ["llama-biases", "gpt2"])
 def test_gradients(case, tmp_path):
     """Through the custom VJPs, for a norm, an embedding and a projection."""
-    import jax
-    from flax import nnx
-
     peer = make_peer(case)
     peer.save_pretrained(tmp_path)
     model = jpeft.models.load(tmp_path)
@@ -262,8 +292,6 @@ def test_gradients(case, tmp_path):
 
 def test_real_llama_configuration_of_older_transformers(tmp_path):
     """`rope_theta`, `rope_scaling` and `torch_dtype` as files from before transformers 5 have them."""
-    import json
-
     peer = make_peer("llama-rope3")
     peer.save_pretrained(tmp_path)
     path = tmp_path / "config.json"

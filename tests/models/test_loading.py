@@ -220,6 +220,16 @@ def test_tasks_and_settings_are_checked(folder):
     jpeft.models.load(folder, task="causal-lm")
 
 
+def test_a_configuration_from_transformers_itself():
+    """`config.to_dict()`, with numbers as keys and keys that are no business of ours."""
+    raw = {**LLAMA, "id2label": {0: "no", 1: "yes"}, "dtype": jnp.float32, "return_dict": True}
+    model = jpeft.models.from_config(raw, task="sequence-classification")
+    assert model.config.labels == ("no", "yes")
+    assert model.config.raw["id2label"] == {"0": "no", "1": "yes"}
+    with pytest.raises(JpeftError, match="found str"):
+        jpeft.models.from_config("some/name")
+
+
 def test_abstract_models():
     model = nnx.eval_shape(lambda: jpeft.models.from_config(LLAMA))
     assert isinstance(model.layers.layer.mlp.up_proj.kernel.get_value(), jax.ShapeDtypeStruct)
