@@ -1,10 +1,34 @@
-"""Eight CPU devices for every test, and quick compilation; both must be set before JAX starts its backend."""
+"""Eight CPU devices for every test, and quick compilation; both must be set before JAX starts its backend.
+
+With JPEFT_PARITY=required (as in .ci/run) the torch peers must be installed, and a skipped test fails the run.
+"""
 
 import os
+from typing import Any
 
 # The tests' programs run once or a few times: most of the time would go into optimising them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+REQUIRED = os.environ.get("JPEFT_PARITY") == "required"
+
+
+def pytest_sessionstart() -> None:
+    if REQUIRED:
+        import peft  # noqa: F401
+        import torch  # noqa: F401
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: Any) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if REQUIRED and reporter else []
+    if skipped:
+        reporter.write_line(f"JPEFT_PARITY=required: {len(skipped)} skipped", red=True)
+        for report in skipped:
+            reporter.write_line(f"  {report.nodeid}: {report.longrepr}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
