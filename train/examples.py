@@ -66,12 +66,9 @@ class Reader:
             raise JpeftError("the tokenizer has no end token (eos_token); a language model needs one to learn to stop")
         return int(self.tokenizer.eos_token_id)
 
-    @functools.cached_property
-    def ends(self) -> tuple[int, ...]:
-        """The ids that end what the model writes: the tokenizer's end token and the one that ends a chat's turns."""
-        turn: list[int] = []
-        if getattr(self.tokenizer, "chat_template", None):
-            turn = self.encode(self._chat_form[1].strip(), bos=False)[0][-1:]
+    def ends(self, *, chat: bool = False) -> tuple[int, ...]:
+        """The ids that end what the model writes: the tokenizer's end token and, in a chat, the one that ends a turn."""
+        turn = self.encode(self._chat_form[1].strip(), bos=False)[0][-1:] if chat else []
         return tuple(dict.fromkeys([self.eos, *turn]))
 
     def encode(self, text: str, *, bos: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
@@ -172,9 +169,12 @@ class Reader:
     def _render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise JpeftError("the tokenizer has no chat template; train with data.prompt and data.completion instead")
-        rendered: str = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except ImportError as error:
+            raise JpeftError(f"chat templates need jinja2 (pip install jinja2): {error}") from error
         return rendered
 
     @functools.cached_property

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     counted = f"{len(train_rows):,} rows to train on, {len(test_rows):,} held out"
     display.say(f"data      {counted}, from {config.data.source}")
     tokenizer = session.tokenizer(config)
-    model = session.base_model(config, labels)
+    model = session.base_model(config)
     model = configs.method_of(config)(model, rngs=jax.random.key(config.training.seed))
     plan = jpeft.describe(model)
     display.say(f"model     {config.model.source}, {plan.total - plan.trainable:,} frozen parameters")
@@ -202,13 +203,13 @@ class Loop:
             f"result    {metric} {before.metrics[metric]:.3f} before, {after.metrics[metric]:.3f} after "
             f"({clock(time.monotonic() - self.started)} in all)"
         )
-        where = shlex.quote(str(self.folder))
-        example = self._example()
+        where, command = shlex.quote(str(self.folder)), _command()
         self.display.say(
             f"\nThe adapter is in {self.folder / session.ADAPTER}, every step in {self.folder / session.METRICS}.\n"
-            f"  try it     jpeft generate {where} --prompt {shlex.quote(example)}\n"
-            f"  merge it   jpeft merge {where} {shlex.quote(str(self.folder / 'merged'))}\n"
-            f"  in Python  model = jpeft.load_adapter({str(self.folder / session.ADAPTER)!r}, jpeft.models.load(...))"
+            f"  try it     {command} generate {where} --prompt {shlex.quote(self._example())}\n"
+            f"  merge it   {command} merge {where} {shlex.quote(str(self.folder) + '-merged')}\n"
+            f"  in Python  base = {session.load_call(self.config)}\n"
+            f"             model = jpeft.load_adapter({str(self.folder / session.ADAPTER)!r}, base)"
         )
 
     def _texts(self) -> list[str]:
@@ -241,6 +242,12 @@ def samples(
     chosen = sorted([*first, *rest][:count])
     rows = [[_short(asked[i]), _short(wanted[i]), _short(before.answers[i]), _short(after.answers[i])] for i in chosen]
     return ["text" if classes else "prompt", "wanted", "before", "after"], rows
+
+
+def _command() -> str:
+    """How this program was called, so that what is printed can be pasted."""
+    called = Path(sys.argv[0])
+    return shlex.quote(sys.argv[0]) if called.name == "jpeft" else f"{shlex.quote(sys.executable)} -m train"
 
 
 def _short(text: str) -> str:

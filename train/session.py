@@ -43,24 +43,38 @@ def check_sources(config: Config) -> None:
             raise JpeftError(f"model.{key}: {source} does not exist (a hub id would be owner/name)")
 
 
-def base_model(config: Config, labels: tuple[str, ...]) -> Any:
+def base_model(config: Config) -> Any:
     """The pretrained model, with a new head of the run's seed where the checkpoint has none."""
+    source, settings = _load_arguments(config)
+    return jpeft.models.load(source, **settings, rngs=nnx.Rngs(config.training.seed))
+
+
+def load_call(config: Config) -> str:
+    """The Python call that loads the base of a run, its defaults left out."""
+    source, settings = _load_arguments(config)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(jpeft.models.load).parameters.items()}
+    given = [repr(source), *(f"{name}={value!r}" for name, value in settings.items() if value != defaults[name])]
+    return f"jpeft.models.load({', '.join(given)})"
+
+
+def _load_arguments(config: Config) -> tuple[str, dict[str, Any]]:
     model = config.model
     task = model.task or ("sequence-classification" if config.data.label is not None else "causal-lm")
-    return jpeft.models.load(
-        packages.resolve(model.source),
-        task=task,
-        num_labels=len(labels) or None,
-        dtype=model.dtype,
-        pooling=model.pooling,
-        remat=model.remat,
-        attention=model.attention,
-        rngs=nnx.Rngs(config.training.seed),
-    )
+    settings = {
+        "task": task,
+        "num_labels": len(config.data.labels or ()) or None,
+        "dtype": model.dtype,
+        "pooling": model.pooling,
+        "remat": model.remat,
+        "attention": model.attention,
+    }
+    return packages.resolve(model.source), settings
 
 
 def tokenizer(config: Config) -> Any:
     """The tokenizer that the configuration names, by default the model's own."""
+    # transformers advises everyone without PyTorch to install it; only its tokenizers are used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from jpeft.models.tokenizer import load_tokenizer
 
     return load_tokenizer(packages.resolve(config.model.tokenizer or config.model.source))
@@ -107,7 +121,7 @@ def open_run(folder: Path, *, adapted: bool = True) -> Run:
     config = configs.load(home / CONFIG)
     if not (home / ADAPTER).exists():
         raise JpeftError(f"{home}: the run has no adapter yet; it was not finished")
-    model = base_model(config, tuple(config.data.labels or ()))
+    model = base_model(config)
     limit = min(config.data.max_length, context(model) or config.data.max_length)
     reader = Reader(tokenizer(config), limit, types=takes_types(model))
     return Run(config, jpeft.load_adapter(home / ADAPTER, model) if adapted else model, reader)

@@ -41,7 +41,7 @@ def generate(
         yield from _classes(run, prompts)
         return
     ids = [_prompt_ids(run, prompt, raw) for prompt in prompts]
-    yield from generate_texts(run.model, run.reader, ids, max_new_tokens, **(sampling or {}))
+    yield from generate_texts(run.model, run.reader, ids, max_new_tokens, chat=run.form == "chat", **(sampling or {}))
 
 
 def _prompt_ids(run: Run, prompt: str, raw: bool) -> list[int]:
