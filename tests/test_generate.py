@@ -135,30 +135,30 @@ def test_the_mask_decides_what_is_padding_not_the_id(llama):
 
 def test_rows_end_on_their_own(model):
     ids, mask = prompts()
-    free = jpeft.generate(model, ids, mask, max_new_tokens=12)[:, -12:]
-    ends = [int(free[0, 3]), int(free[1, 6])]
-    made = jpeft.generate(model, ids, mask, max_new_tokens=12, eos_token_id=ends, pad_token_id=60)[:, -12:]
-    stops = []
-    for row, tokens in enumerate(free):
+    free = jpeft.generate(model, ids, mask, max_new_tokens=12)
+    start = free.shape[1] - 12
+    ends = [int(free[0, start + 3]), int(free[1, start + 6])]
+    made = jpeft.generate(model, ids, mask, max_new_tokens=12, eos_token_id=ends, pad_token_id=60)
+    lengths = []
+    for row, tokens in enumerate(free[:, start:]):
         hits = np.flatnonzero(np.isin(tokens, ends))
-        stops.append(int(hits[0]) + 1 if hits.size else 12)
-        length = min(stops[-1], made.shape[1])
-        np.testing.assert_array_equal(made[row, :length], tokens[:length])
-        assert (made[row, length:] == 60).all(), "after its end a row holds padding only"
-    assert stops[0] <= 4
+        lengths.append(int(hits[0]) + 1 if hits.size else 12)
+        got = made[row, start:]
+        np.testing.assert_array_equal(got[: lengths[-1]], tokens[: lengths[-1]])
+        assert (got[lengths[-1] :] == 60).all(), "after its end a row holds padding only"
+    assert lengths[0] <= 4
+    assert made.shape[1] == start + max(lengths), "nothing is decoded once all rows have ended"
 
 
-def test_decoding_stops_when_all_rows_have_ended(model):
-    ids, mask = prompts((4,))
-    free = jpeft.generate(model, ids, mask, max_new_tokens=8)
-    start = free.shape[1] - 8
-    end = int(free[0, start + 2])
-    first = int(np.flatnonzero(free[0, start:] == end)[0])
-    for given in (end, np.int64(end), [end], (end, 59)):
-        made = jpeft.generate(model, ids, mask, max_new_tokens=8, eos_token_id=given)
-        if given == (end, 59) and (free[0, start : start + first] == 59).any():
-            continue
-        np.testing.assert_array_equal(made, free[:, : start + first + 1])
+def test_end_tokens_are_given_in_any_form(llama):
+    ids, _ = prompts((4,))
+    free = jpeft.generate(llama, ids, max_new_tokens=8)[0, 4:]
+    end = int(free[2])
+    expected = free[: int(np.flatnonzero(free == end)[0]) + 1]
+    unused = next(token for token in range(60) if token not in free)
+    for given in (end, np.int64(end), [end], (unused, end), np.array([end])):
+        made = jpeft.generate(llama, ids, max_new_tokens=8, eos_token_id=given)
+        np.testing.assert_array_equal(made[0, 4:], expected)
 
 
 def test_the_end_tokens_of_the_model_are_the_default():
