@@ -34,9 +34,8 @@ def main() -> None:
     for name, median in medians.items():
         print(f"{name:22} {median:.2f} s")
     print(f"import jpeft is {medians['import jpeft'] / medians['import jax, flax.nnx']:.2f}x import jax, flax.nnx")
-    print(
-        f"jpeft --help answers {medians['jpeft --help'] - medians['python -c pass']:.2f} s after the interpreter's start"
-    )
+    beyond = medians["jpeft --help"] - medians["python -c pass"]
+    print(f"jpeft --help answers {beyond:.2f} s after the interpreter's start")
 
 
 if __name__ == "__main__":

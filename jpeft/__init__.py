@@ -16,10 +16,11 @@ from jpeft.describe import Description, describe
 from jpeft.errors import JpeftError
 from jpeft.merge import merge, strip
 from jpeft.methods import METHODS, Compose, LoRA, Method, applied, compose
+from jpeft.multi import multi
 from jpeft.partition import Partition, combine, param_labels, partition, trainable_mask
 from jpeft.stack import Stack, run_layers
 from jpeft.targets import listing as list_targets
-from jpeft.variables import AdapterBuffer, DropoutKey, Frozen, Trainable
+from jpeft.variables import AdapterBuffer, AdapterIds, DropoutKey, Frozen, Trainable
 
 if TYPE_CHECKING:
     from jpeft import models
@@ -48,6 +49,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "METHODS",
     "AdapterBuffer",
+    "AdapterIds",
     "Compose",
     "Description",
     "DropoutKey",
@@ -67,6 +69,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "models",
+    "multi",
     "param_labels",
     "partition",
     "run_layers",

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jpeft import surgery
 from jpeft.partition import variables
-from jpeft.variables import DropoutKey, Frozen, Trainable
+from jpeft.variables import AdapterIds, DropoutKey, Frozen, Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def describe(model: nnx.Module) -> Description:
     """Every array of `model` (which may be abstract) but dropout keys, in the order of its tree."""
     rows = []
     for key, path, variable in variables(model):
-        if isinstance(variable, DropoutKey):
+        if isinstance(variable, DropoutKey | AdapterIds):
             continue
         shape, dtype = tuple(variable.shape), variable.dtype
         owner: Any = surgery.get(model, path[:-1])

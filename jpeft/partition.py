@@ -21,7 +21,7 @@ from jpeft import paths, surgery
 from jpeft.dropout import Dropout
 from jpeft.errors import JpeftError, nearest
 from jpeft.surgery import Path
-from jpeft.variables import AdapterBuffer, DropoutKey, Trainable
+from jpeft.variables import AdapterBuffer, AdapterIds, DropoutKey, Trainable
 from jpeft.wrapper import Wrapper
 
 Arrays = dict[str, Any]
@@ -31,13 +31,14 @@ Arrays = dict[str, Any]
 class GraphDef:
     """The static part of a model: hashable, equal for models of equal structure; `combine` turns it back into one.
 
-    slots: (canonical key, path in the NNX state) of every array. dropout: (path, shape) of every dropout key, which
-    `combine` makes anew.
+    slots: (canonical key, path in the NNX state) of every array. dropout: (path, shape) of every dropout key, ids: path
+    of every `AdapterIds`; `combine` fills both.
     """
 
     nnx: nnx.GraphDef
     slots: tuple[tuple[str, Path], ...]
     dropout: tuple[tuple[Path, tuple[int, ...]], ...]
+    ids: tuple[Path, ...]
 
 
 class Partition(NamedTuple):
@@ -69,17 +70,20 @@ def partition(model: nnx.Module) -> Partition:
     """
     graphdef, _ = nnx.split(model)
     parts: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
-    slots, dropout = [], []
+    slots, dropout, ids = [], [], []
     for key, path, variable in variables(model):
         if isinstance(variable, DropoutKey):
             dropout.append((path, tuple(variable.shape)))
+            continue
+        if isinstance(variable, AdapterIds):
+            ids.append(path)
             continue
         kind = 0 if isinstance(variable, Trainable) else 1 if isinstance(variable, AdapterBuffer) else 2
         if any(key in part for part in parts):
             raise JpeftError(f"two variables of the model have the canonical key {key!r}; rename one of the attributes")
         parts[kind][key] = value_of(variable)
         slots.append((key, path))
-    return Partition(GraphDef(graphdef, tuple(slots), tuple(dropout)), *parts)
+    return Partition(GraphDef(graphdef, tuple(slots), tuple(dropout), tuple(ids)), *parts)
 
 
 def combine(
@@ -89,6 +93,7 @@ def combine(
     frozen: Mapping[str, Any],
     *,
     dropout: jax.Array | None = None,
+    adapter_ids: jax.Array | None = None,
 ) -> Any:
     """The model again, from the parts of `partition` or others of the same keys; usable inside jit, grad and vmap.
 
@@ -96,7 +101,10 @@ def combine(
     this one, its path and its layer, so a step is a pure function of its arguments; pass `fold_in(key, step)`. Without
     it the model is deterministic.
 
-    Raises JpeftError if keys are missing or unknown.
+    adapter_ids: [B] whole numbers, for a model made by `jpeft.multi`: which task each row of the batch uses, -1 for the
+    base alone.
+
+    Raises JpeftError if keys are missing or unknown, or if adapter_ids are missing or not asked for.
     """
     given = {**frozen, **buffers, **adapter}
     known = dict(graphdef.slots)
@@ -105,9 +113,21 @@ def combine(
     leaves: list[tuple[Path, Any]] = [(path, given[key]) for key, path in graphdef.slots]
     blank = jax.random.key(0)
     leaves += [(path, jnp.broadcast_to(blank, shape)) for path, shape in graphdef.dropout]
+    leaves += [(path, _checked_ids(adapter_ids)) for path in graphdef.ids]
+    if adapter_ids is not None and not graphdef.ids:
+        raise JpeftError("combine: adapter_ids are given, but the model holds one adapter; see jpeft.multi")
     model = nnx.merge(graphdef.nnx, nnx.from_flat_state(leaves))
     _set_dropout(model, dropout)
     return model
+
+
+def _checked_ids(ids: Any) -> jax.Array:
+    if ids is None:
+        raise JpeftError("combine: the model holds several adapters; pass adapter_ids=, one number per row")
+    ids = jnp.asarray(ids)
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise JpeftError(f"combine: adapter_ids must be whole numbers [batch], found {ids.dtype}{list(ids.shape)}")
+    return ids
 
 
 def _refuse_keys(known: Mapping[str, Path], *parts: Mapping[str, Any]) -> None:
@@ -162,7 +182,9 @@ def trainable_mask(model: nnx.Module) -> dict[str, bool]:
     The tree it belongs to is `{**adapter, **buffers, **frozen}` of `partition(model)`; given back through
     `combine(graphdef, tree, {}, {})`.
     """
-    return {key: isinstance(v, Trainable) for key, _, v in variables(model) if not isinstance(v, DropoutKey)}
+    return {
+        key: isinstance(v, Trainable) for key, _, v in variables(model) if not isinstance(v, DropoutKey | AdapterIds)
+    }
 
 
 def param_labels(model: nnx.Module) -> dict[str, str]:
@@ -175,6 +197,6 @@ def param_labels(model: nnx.Module) -> dict[str, str]:
     for key, _, variable in variables(model):
         if isinstance(variable, Trainable):
             labels[key] = str(variable.get_metadata().get("group", "adapter"))
-        elif not isinstance(variable, DropoutKey):
+        elif not isinstance(variable, DropoutKey | AdapterIds):
             labels[key] = "frozen"
     return labels

@@ -5,6 +5,7 @@
 | `Trainable`     | yes      | yes                    | LoRA's A and B, a new head                |
 | `AdapterBuffer` | no       | yes                    | scales, rank masks                        |
 | `DropoutKey`    | no       | never                  | filled by `combine(..., dropout=key)`     |
+| `AdapterIds`    | no       | never                  | filled by `combine(..., adapter_ids=ids)` |
 | `Frozen`        | no       | no                     | every `nnx.Param` of the base             |
 """
 
@@ -29,6 +30,10 @@ class AdapterBuffer(nnx.Variable):
 
 class DropoutKey(nnx.Variable):
     """A PRNG key with the layer axes of its module; `combine` fills it, nothing saves it."""
+
+
+class AdapterIds(nnx.Variable):
+    """Which of several adapters each row of the batch uses, [B]; `combine` fills it, nothing saves it."""
 
 
 class Frozen(nnx.Variable):

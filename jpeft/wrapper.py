@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
+
+from jpeft.variables import AdapterIds
+
+_OWN = ("base", "name", "layers", "adapter_ids", "leading")
 
 
 class Wrapper(nnx.Module):
@@ -17,18 +21,24 @@ class Wrapper(nnx.Module):
     A wrapper that is a function of the base's weight says so by defining `fold`.
     """
 
+    # Whether variables of several tasks may be stacked on an axis behind the layer axis, one chosen per row (`multi`).
+    takes_many: ClassVar[bool] = False
+
     base: Any
     name: str
     layers: tuple[int, ...] | None
+    adapter_ids: AdapterIds | None
+    leading: int  # how many axes of its variables count layers
 
     def __init__(self, base: Any, *, name: str, layers: tuple[int, ...] | None = None):
         self.base = nnx.data(base) if isinstance(base, nnx.Pytree) else base
         self.name = name
         self.layers = layers
+        self.adapter_ids = nnx.data(None)
 
     def __getattr__(self, attribute: str) -> Any:
         # Called only for what normal look-up does not find. Private names belong to NNX and to Python's protocols.
-        if attribute.startswith("_") or attribute in ("base", "name", "layers"):
+        if attribute.startswith("_") or attribute in _OWN:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
         return getattr(self.base, attribute)
 

@@ -69,7 +69,7 @@ class Shapes(nnx.Module):
         self.join = nnx.LinearGeneral((3, 5), WIDTH, axis=(-2, -1), **kw)
         self.heads = nnx.Einsum("bte,ehd->bthd", (WIDTH, 4, 7), (4, 7), **kw)
         self.back = nnx.Einsum("...hd,hde->...e", (4, 7, WIDTH), **kw)
-        self.experts = nnx.Einsum("tbe,tef->tbf", (BATCH, WIDTH, WIDTH), **kw)
+        self.experts = nnx.Einsum("bte,tef->btf", (TIME, WIDTH, WIDTH), **kw)
         self.window = nnx.Conv(WIDTH, 8, (3,), strides=2, padding="CIRCULAR", feature_group_count=2, **kw)
         self.norm = nnx.BatchNorm(8, use_running_average=True, **kw)
 

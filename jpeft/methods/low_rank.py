@@ -14,6 +14,7 @@ Shapes are of one layer; inside a `Stack` every variable has the layer axis in f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -74,6 +75,8 @@ class LoRAWrapper(Wrapper):
     slots in use, 0 for those that only pad a smaller rank.
     """
 
+    takes_many = True
+
     def __init__(
         self,
         base: nnx.Module,
@@ -98,6 +101,7 @@ class LoRAWrapper(Wrapper):
         self.b = Trainable(b.astype(method.dtype), group="lora_b")
         self.scale = AdapterBuffer(scale)
         self.dropout = Dropout(float(method.dropout), lead)
+        self.leading = len(lead)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of a and b for one layer."""
@@ -117,12 +121,35 @@ class LoRAWrapper(Wrapper):
         bound = 1 / math.sqrt(math.prod(shape_a[:-1]))
         return jax.random.uniform(key, shape_a, minval=-bound, maxval=bound), jnp.zeros(shape_b)
 
-    def parts(self, like: Array) -> tuple[Array, Array, Array]:
-        """a, b and scale in the dtype they are used in."""
-        return tuple(v[...].astype(like.dtype) for v in (self.a, self.b, self.scale))  # type: ignore[return-value]
+    def updated(self, y: Array, update: Callable[..., Array], x: Array, *, by_row: bool = True) -> Array:
+        """y + update(x, a, b, scale), all in y's dtype; with several adapters, each row of the batch uses its own.
+
+        by_row: whether the first axis of x and y is the batch, which then has to be.
+        """
+        a, b, scale = (variable[...].astype(y.dtype) for variable in (self.a, self.b, self.scale))
+        if self.adapter_ids is None:
+            return y + update(x, a, b, scale).reshape(y.shape)
+        if not by_row:
+            kind, shape = type(innermost(self.base)).__name__, list(kinds.own_shape(self.base))
+            raise JpeftError(
+                f"adapter_ids: a {kind} with weight {shape} works on the batch axis itself, so its rows cannot have "
+                "adapters of their own; exclude it from the targets"
+            )
+        ids = self.adapter_ids[...]
+        if ids.shape != y.shape[:1]:
+            raise JpeftError(f"adapter_ids: expected one per row, {list(y.shape[:1])}, found {list(ids.shape)}")
+        chosen = jnp.maximum(ids, 0)
+        own = jnp.where(ids[:, None] < 0, 0, scale[chosen])  # the base alone is an update of scale 0
+        # Gathered here, inside the scan over layers: the base's product stays one product over the whole batch.
+        rows = jax.vmap(lambda x, a, b, scale: update(x[None], a, b, scale)[0])(x, a[chosen], b[chosen], own)
+        return y + rows.reshape(y.shape)
 
     def fold(self, base: nnx.Module) -> nnx.Module:
         """`base` with the update added to its weight: float32 arithmetic, one layer at a time, cast last."""
+        if self.adapter_ids is not None:
+            raise NotMergeable(
+                "it holds several adapters, and one weight can hold only one; merge the tasks one by one"
+            )
         if kinds.kind_of(base) is None or isinstance(base, Wrapper):
             raise NotMergeable(f"{type(base).__name__} under it has no plain weight to add the update to")
         weight = kinds.weight(base)
@@ -157,7 +184,7 @@ class LoRALinear(LoRAWrapper):
 
     def __call__(self, x: Float[Array, "*batch in"], **kwargs: Any) -> Float[Array, "*batch out"]:
         y = self.base(x, **kwargs)
-        return y + low_rank(self.dropout(x.astype(y.dtype)), *self.parts(y))
+        return self.updated(y, low_rank, self.dropout(x.astype(y.dtype)))
 
     def delta(self, a: Array, b: Array) -> Array:
         return jnp.matmul(a, b, precision=_HIGHEST)
@@ -179,11 +206,12 @@ class LoRALinearGeneral(LoRAWrapper):
         axes = [axis % x.ndim for axis in innermost(self.base).axis]
         rest = [axis for axis in range(x.ndim) if axis not in axes]
         moved = jnp.transpose(self.dropout(x.astype(y.dtype)), (*rest, *axes))
-        a, b, scale = self.parts(y)
-        rank = scale.shape[-1]
-        flat = moved.reshape(*moved.shape[: len(rest)], -1)
-        update = low_rank(flat, a.reshape(-1, rank), b.reshape(rank, -1), scale)
-        return y + update.reshape(y.shape)
+
+        def update(x: Array, a: Array, b: Array, scale: Array) -> Array:
+            rank = scale.shape[-1]
+            return low_rank(x, a.reshape(-1, rank), b.reshape(rank, -1), scale)
+
+        return self.updated(y, update, moved.reshape(*moved.shape[: len(rest)], -1), by_row=0 not in axes)
 
     def delta(self, a: Array, b: Array) -> Array:
         return jnp.tensordot(a, b, axes=1, precision=_HIGHEST)
@@ -216,9 +244,13 @@ class LoRAEinsum(LoRAWrapper):
         einsum = einsum_str or innermost(self.base).einsum_str
         inputs, _, outputs = _einsum_axes(einsum)
         middle, axes_a, axes_b = self._equations(einsum)
-        a, b, scale = self.parts(y)
-        h = jnp.einsum(_equation(inputs, axes_a, middle), self.dropout(x.astype(y.dtype)), a) * scale
-        return y + jnp.einsum(_equation(middle, axes_b, outputs), h, b)
+
+        def update(x: Array, a: Array, b: Array, scale: Array) -> Array:
+            h = jnp.einsum(_equation(inputs, axes_a, middle), x, a) * scale
+            return jnp.einsum(_equation(middle, axes_b, outputs), h, b)
+
+        by_row = inputs[0] == outputs[0] and inputs[0] not in _einsum_axes(einsum)[1]
+        return self.updated(y, update, self.dropout(x.astype(y.dtype)), by_row=by_row)
 
     def delta(self, a: Array, b: Array) -> Array:
         einsum = innermost(self.base).einsum_str
@@ -259,16 +291,20 @@ class LoRAConv(LoRAWrapper):
 
     def __call__(self, x: Float[Array, "..."], **kwargs: Any) -> Float[Array, "..."]:
         y = self.base(x, **kwargs)
-        a, b, scale = self.parts(y)
-        # The base's own code with another kernel: padding modes, strides and dilations stay exactly its own.
-        down = nnx.clone(innermost(self.base))
-        down.kernel, down.bias, down.use_bias = nnx.Variable(a), None, False
-        down.out_features, down.mask = a.shape[-1], None
-        h = down(self.dropout(x.astype(y.dtype))) * scale
-        groups = down.feature_group_count
-        grouped = h.reshape(*h.shape[:-1], groups, -1)
-        update = jnp.einsum("...gr,rgo->...go", grouped, b.reshape(b.shape[0], groups, -1))
-        return y + update.reshape(y.shape)
+
+        def update(x: Array, a: Array, b: Array, scale: Array) -> Array:
+            # The base's own code with another kernel: padding modes, strides and dilations stay exactly its own.
+            down = nnx.clone(innermost(self.base))
+            down.kernel, down.bias, down.use_bias = nnx.Variable(a), None, False
+            down.out_features, down.mask = a.shape[-1], None
+            h = down(x) * scale
+            groups = down.feature_group_count
+            made = jnp.einsum(
+                "...gr,rgo->...go", h.reshape(*h.shape[:-1], groups, -1), b.reshape(b.shape[0], groups, -1)
+            )
+            return made.reshape(*h.shape[:-1], -1)
+
+        return self.updated(y, update, self.dropout(x.astype(y.dtype)))
 
     def delta(self, a: Array, b: Array) -> Array:
         groups = innermost(self.base).feature_group_count
@@ -293,14 +329,12 @@ class LoRAEmbed(LoRAWrapper):
 
     def __call__(self, ids: Int[Array, "..."], **kwargs: Any) -> Float[Array, "... features"]:
         y = self.base(ids, **kwargs)
-        a, b, scale = self.parts(y)
-        return y + (jnp.take(a, ids, axis=0) * scale) @ b
+        return self.updated(y, lambda ids, a, b, scale: (jnp.take(a, ids, axis=0) * scale) @ b, ids)
 
     def attend(self, query: Float[Array, "... features"], **kwargs: Any) -> Float[Array, "... vocabulary"]:
         """Inner products with the adapted embedding, as `nnx.Embed.attend`."""
         y = self.base.attend(query, **kwargs)
-        a, b, scale = self.parts(y)
-        return y + low_rank(query.astype(y.dtype), b.T, a.T, scale)
+        return self.updated(y, lambda x, a, b, scale: low_rank(x, b.T, a.T, scale), query.astype(y.dtype))
 
     def delta(self, a: Array, b: Array) -> Array:
         return jnp.matmul(a, b, precision=_HIGHEST)

@@ -55,6 +55,12 @@ def loss_of(model_name: str, parts: jpeft.Partition) -> Any:
     return loss
 
 
+@functools.cache
+def gradient_of(model_name: str, method_name: str) -> Any:
+    """value_and_grad of the loss, compiled once for all tests of a pair."""
+    return jax.jit(jax.value_and_grad(loss_of(model_name, jpeft.partition(adapted_of(model_name, method_name)))))
+
+
 def arrays_of(model: nnx.Module) -> dict[str, Any]:
     parts = jpeft.partition(model)
     return {**parts.adapter, **parts.buffers, **parts.frozen}
@@ -133,11 +139,9 @@ def test_both_ways_into_optax_agree(model_name: str, method_name: str) -> None:
     loss, optimizer = loss_of(model_name, parts), optax.adamw(1e-2, weight_decay=0.1)
     adapter = zoo.trained(parts)
 
-    @jax.jit
-    def split(adapter: Any) -> Any:
-        gradient = jax.grad(loss)(adapter, parts.buffers, parts.frozen)
-        updates, _ = optimizer.update(gradient, optimizer.init(adapter), adapter)
-        return optax.apply_updates(adapter, updates)
+    def updated(tree: Any, gradient: Any, transformation: Any) -> Any:
+        updates, _ = transformation.update(gradient, transformation.init(tree), tree)
+        return optax.apply_updates(tree, updates)
 
     tree = {**parts.frozen, **parts.buffers, **adapter}
     mask, labels = (f(adapted_of(model_name, method_name)) for f in (jpeft.trainable_mask, jpeft.param_labels))
@@ -150,15 +154,11 @@ def test_both_ways_into_optax_agree(model_name: str, method_name: str) -> None:
         optax.masked(optimizer, mask), optax.masked(optax.set_to_zero(), {k: not v for k, v in mask.items()})
     )
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def whole(tree: Any, transformation: Any) -> Any:
-        gradient = jax.grad(lambda tree: loss({**tree, **fixed}, {}, {}))(tree)
-        updates, _ = transformation.update(gradient, transformation.init(tree), tree)
-        return optax.apply_updates(tree, updates)
-
-    expected = split(adapter)
+    _, own = gradient_of(model_name, method_name)(adapter, parts.buffers, parts.frozen)
+    expected = jax.jit(lambda tree, gradient: updated(tree, gradient, optimizer))(adapter, own)
+    gradient = jax.jit(jax.grad(lambda tree: loss({**tree, **fixed}, {}, {})))(tree)
     for transformation in (optax.partition(groups, labels), masked):
-        new = whole(tree, transformation)
+        new = jax.jit(lambda tree, gradient, t=transformation: updated(tree, gradient, t))(tree, gradient)
         assert all(np.allclose(new[k], expected[k], rtol=1e-5, atol=1e-7) for k in expected)
         assert all(jnp.array_equal(new[k], tree[k]) for k in tree if k not in expected)
 
@@ -180,16 +180,35 @@ def test_many_adapters_at_once_by_vmap(model_name: str, method_name: str) -> Non
     loss = loss_of(model_name, parts)
     each = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None)))
     values, gradients = each(stacked, parts.buffers, parts.frozen)
-    one_value, one_gradient = jax.jit(jax.value_and_grad(loss))(adapters[1], parts.buffers, parts.frozen)
+    one_value, one_gradient = gradient_of(model_name, method_name)(adapters[1], parts.buffers, parts.frozen)
     assert np.allclose(values[1], one_value, rtol=1e-5)
     assert max(zoo.relative(gradients[k][1], one_gradient[k]) for k in one_gradient) < 1e-4
 
 
 @pairs
+def test_rows_with_adapters_of_their_own(model_name: str, method_name: str) -> None:
+    parts = jpeft.partition(adapted_of(model_name, method_name))
+    tasks = [(zoo.trained(parts, seed), parts.buffers) for seed in range(3)]
+    served = jpeft.partition(jpeft.multi(adapted_of(model_name, method_name), tasks))
+    run = zoo.MODELS[model_name].run
+
+    @jax.jit
+    def mixed(ids: jax.Array, *arrays: Any) -> jax.Array:
+        return run(jpeft.combine(served.graphdef, *arrays, adapter_ids=ids))
+
+    one = forward(model_name, parts)
+    for ids in ([2, 0], [-1, 1]):
+        rows = mixed(jnp.array(ids), *served[1:])
+        alone = [output(model_name) if i < 0 else one(*tasks[i], parts.frozen) for i in ids]
+        assert all(zoo.relative(rows[row], alone[row][row]) < 1e-5 for row in range(2))
+    assert mixed._cache_size() == 1
+
+
+@pairs
 def test_sharded_equals_one_device(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
-    adapter, loss = zoo.trained(parts), loss_of(model_name, parts)
-    value, gradient = jax.jit(jax.value_and_grad(loss))(adapter, parts.buffers, parts.frozen)
+    adapter, run = zoo.trained(parts), gradient_of(model_name, method_name)
+    value, gradient = run(adapter, parts.buffers, parts.frozen)
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
 
     def place(tree: Any) -> Any:
@@ -201,7 +220,7 @@ def test_sharded_equals_one_device(model_name: str, method_name: str) -> None:
         return jax.tree.map(spread, tree)
 
     placed = [place(tree) for tree in (adapter, parts.buffers, parts.frozen)]
-    sharded_value, sharded_gradient = jax.jit(jax.value_and_grad(loss))(*placed)
+    sharded_value, sharded_gradient = run(*placed)
     assert np.allclose(value, sharded_value, rtol=1e-5)
     assert max(zoo.relative(sharded_gradient[k], gradient[k]) for k in gradient) < 1e-4
 
