@@ -28,7 +28,9 @@ def next_tokens(
     """A token [B] for each row of `logits` [B, V]; row b draws with the key folded with b and `step`."""
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    allowed = filtered(logits.astype(jnp.float32) / temperature, sampling, top_p)
+    logits = logits.astype(jnp.float32)
+    # The largest is moved to 0 first, so that a tiny temperature gives the likeliest token and not infinities.
+    allowed = filtered((logits - logits.max(axis=-1, keepdims=True)) / temperature, sampling, top_p)
     rows = jnp.arange(len(logits))
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(rows)
     return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)

@@ -277,6 +277,8 @@ def test_settings_of_a_draw_need_no_compilation(llama):
     np.testing.assert_array_equal(tight, jpeft.generate(llama, ids, mask, max_new_tokens=4))
     one = jpeft.generate(llama, ids, mask, max_new_tokens=4, temperature=5.0, top_k=1)
     np.testing.assert_array_equal(one, tight)
+    cold = jpeft.generate(llama, ids, mask, max_new_tokens=4, temperature=1e-37)
+    np.testing.assert_array_equal(cold, tight)
 
 
 def test_the_context_is_not_exceeded(llama):
