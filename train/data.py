@@ -39,6 +39,18 @@ class TaskData:
     choices: tuple[str, ...]
     counts: dict[str, Counter[str]]
 
+    @property
+    def asked(self) -> list[str]:
+        """The prompt of each held-out example (completion form)."""
+        return [self.prompts[example.row] for example in self.test] if self.prompts else []
+
+    @property
+    def wanted(self) -> list[str]:
+        """The right answer to each held-out example: its label or completion."""
+        if self.form == "classification":
+            return [self.labels[example.label] for example in self.test]
+        return [self.completions[example.row] for example in self.test] if self.completions else []
+
 
 class Template:
     """A column, or text with columns in braces: `Question: {text}`."""

@@ -12,7 +12,7 @@ import numpy as np
 
 import jpeft
 from jpeft.errors import JpeftError
-from train import batches
+from train import batches, session
 from train.data import TaskData
 from train.examples import Reader
 from train.schema import EvaluationConfig
@@ -23,7 +23,7 @@ _MOST_CHOICES = 32
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """metrics: by name, the first one the most telling. answers: what the model said to each held-out row, in order."""
+    """metrics: by name, the first one the most telling. answers: what the model said to each held-out example."""
 
     metrics: dict[str, float]
     answers: list[str]
@@ -83,7 +83,7 @@ class Evaluator:
         if self.answers == "none" or not answers:
             return Score(metrics, [])
         said = self._choose(adapter) if self.answers == "choose" else self._generate(adapter)
-        wanted = self._task.completions
+        wanted = self._task.wanted
         match = float(np.mean([a.strip() == b.strip() for a, b in zip(said, wanted, strict=True)]))
         return Score({"exact_match": match, **metrics}, said)
 
@@ -103,26 +103,27 @@ class Evaluator:
 
     def _choose(self, adapter: Any) -> list[str]:
         choices = self._task.choices
+        asked = self._task.asked
         examples = [
-            example
-            for prompt in self._task.prompts
-            for choice in choices
-            for example in self._reader.completion(prompt, choice, 0)
+            example for prompt in asked for choice in choices for example in self._reader.completion(prompt, choice, 0)
         ]
-        if len(examples) != len(self._task.prompts) * len(choices):
+        if len(examples) != len(asked) * len(choices):
             raise JpeftError("evaluation.answers: choose: a prompt with a completion is longer than data.max_length")
         losses = self._run(adapter, examples)[0].reshape(-1, len(choices))
         return [choices[index] for index in losses.argmin(1)]
 
     def _generate(self, adapter: Any) -> list[str]:
         model = jpeft.combine(self._graphdef, adapter, self._buffers, self._frozen)
-        prompts = [self._reader.prompt(prompt) for prompt in self._task.prompts]
+        # What stands before the first learnt token: the same ids, cut in the same way, as in training.
+        prompts = [example.ids[: max(1, int(np.argmax(example.targets)))] for example in self._task.test]
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         said = [""] * len(prompts)
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
             padded = rows + rows[:1] * (self._batch_size - len(rows))  # one shape, also for the last batch
-            made = generate_texts(model, self._reader, [prompts[row] for row in padded], self._answer_tokens)
+            chosen = [prompts[row] for row in padded]
+            room = (session.context(model) or math.inf) - max(len(prompt) for prompt in chosen)
+            made = generate_texts(model, self._reader, chosen, max(1, int(min(self._answer_tokens, room))))
             for row, text in zip(rows, made, strict=False):
                 said[row] = text
         return said
@@ -131,7 +132,7 @@ class Evaluator:
 def generate_texts(
     model: Any,
     reader: Reader,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     max_new_tokens: int,
     *,
     chat: bool = False,

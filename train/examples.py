@@ -67,7 +67,7 @@ class Reader:
         return int(self.tokenizer.eos_token_id)
 
     def ends(self, *, chat: bool = False) -> tuple[int, ...]:
-        """The ids that end what the model writes: the tokenizer's end token and, in a chat, the one that ends a turn."""
+        """The ids that end what the model writes: the tokenizer's end token and, in a chat, a turn's."""
         turn = self.encode(self._chat_form[1].strip(), bos=False)[0][-1:] if chat else []
         return tuple(dict.fromkeys([self.eos, *turn]))
 

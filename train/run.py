@@ -194,7 +194,7 @@ class Loop:
         return score
 
     def _report(self, before: Score, after: Score) -> None:
-        asked = self.task.prompts or self._texts()
+        asked = self.task.asked or self._texts()
         columns, rows = samples(self.task, asked, before, after, self.config.evaluation.samples)
         if rows:
             self.display.table("Held-out rows, before and after", columns, rows)
@@ -233,15 +233,14 @@ def samples(
     """Columns and `count` rows that show the answers before and after to what was asked, in the order of the rows."""
     if not after.answers or not before.answers or not count:
         return [], []
-    classes = task.form == "classification"
-    wanted = [task.labels[example.label] for example in task.test] if classes else task.completions
+    wanted = task.wanted
     changed = {i for i in range(len(wanted)) if before.answers[i].strip() != after.answers[i].strip()}
     # Two in three of the rows shown changed, if there are as many; the others did not, be they right or wrong.
     first = sorted(changed)[: math.ceil(count * 2 / 3)]
     rest = sorted(set(range(len(wanted))) - set(first), key=lambda i: (i in changed, i))
     chosen = sorted([*first, *rest][:count])
     rows = [[_short(asked[i]), _short(wanted[i]), _short(before.answers[i]), _short(after.answers[i])] for i in chosen]
-    return ["text" if classes else "prompt", "wanted", "before", "after"], rows
+    return ["text" if task.labels else "prompt", "wanted", "before", "after"], rows
 
 
 def _command() -> str:

@@ -60,7 +60,11 @@ def read(text: str, faults: Faults, where: str | None = None) -> Node | None:
     try:
         aliases = [event for event in yaml.parse(source, Loader=yaml.BaseLoader) if isinstance(event, yaml.AliasEvent)]
         if aliases:
-            faults += [Fault(place(e.start_mark.line), "", f"alias *{e.anchor}; write the value out") for e in aliases]
+            lines_of = [event.start_mark.line if event.start_mark else 0 for event in aliases]
+            faults += [
+                Fault(place(line), "", f"alias *{event.anchor}; write the value out")
+                for line, event in zip(lines_of, aliases, strict=True)
+            ]
             return None
         root = yaml.compose(source, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:

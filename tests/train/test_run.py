@@ -130,6 +130,25 @@ def test_prompt_and_completion(llama: Path, rows: Path, tmp_path: Path, config_f
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_long_prompts_are_cut_alike_in_training_and_generation(
+    llama: Path, jsonl: Callable[..., Path], tmp_path: Path, config_file: Callable[..., Path]
+) -> None:
+    # 128 tokens of context: the prompts of most rows are longer, and one completion alone is.
+    rows = [{"text": "one two three " * (20 * (number % 3)), "answer": "red"} for number in range(30)]
+    rows += [{"text": "one", "answer": "red blue " * 80}]
+    path = str(jsonl(rows))
+    data = rf'prompt: "{{text}}\nAnswer:", completion: " {{answer}}", test_source: {path}'
+    text = language(llama, Path(path), tmp_path / "run", data).replace(
+        ", test_size: 12, max_length: 48", ", max_length: 500"
+    )
+    console = Console(record=True, width=300)
+    result = train(config_file(text), ["training.max_steps=1"], Display(console))
+    assert len(result.after.answers) == 30
+    said = console.export_text()
+    assert "held-out: 1 rows whose completion alone is longer than data.max_length, left out" in said
+    assert "cut at the start of the prompt" in said
+
+
 def test_choosing_among_the_completions(
     llama: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]
 ) -> None:
@@ -225,7 +244,7 @@ def test_commands(bert: Path, rows: Path, tmp_path: Path, config_file: Callable[
         "step 3/3",
         "tokens/s",
         "left",
-        "jpeft generate",
+        "-m train generate",
         "wanted",
     ):
         assert part in made.output
