@@ -25,14 +25,14 @@ from jpeft.variables import AdapterBuffer, AdapterIds, DropoutKey, Frozen, Train
 if TYPE_CHECKING:
     from jpeft import models
     from jpeft.checkpoint import load_adapter, save_adapter
-    from jpeft.generate import generate
+    from jpeft.generation import generate
 
 # Looked up on first use: they bring Orbax, safetensors and the model families, which research code may not need.
 _LATER = {
     "models": ("jpeft.models", None),
     "save_adapter": ("jpeft.checkpoint", "save_adapter"),
     "load_adapter": ("jpeft.checkpoint", "load_adapter"),
-    "generate": ("jpeft.generate", "generate"),
+    "generate": ("jpeft.generation", "generate"),
 }
 
 
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     module, attribute = _LATER[name]
     found = importlib.import_module(module)
     value = found if attribute is None else getattr(found, attribute)
-    globals()[name] = value  # also puts the function, not the module of the same name, under `jpeft.generate`
+    globals()[name] = value
     return value
 
 

@@ -37,6 +37,7 @@ def generate(
     seed: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    adapter_ids: Any = None,
 ) -> np.ndarray:
     """Continues each row of `input_ids`, an integer array [B, T], and returns int32 [B, T + N], N <= max_new_tokens.
 
@@ -50,6 +51,8 @@ def generate(
 
     A row ends with any of `eos_token_id` (default: the model's), and is filled up with `pad_token_id` (default: the
     model's, else its first end token); N is where the last row ends.
+
+    adapter_ids: [B], for a model made by `jpeft.multi`: which task each row uses, -1 for the base alone.
 
     Raises JpeftError for arguments outside these, for ids outside the vocabulary, and where prompt and new tokens do
     not fit into the model's context.
@@ -86,7 +89,8 @@ def generate(
         "steps": np.int32(max_new_tokens),
     }
     graphdef, *arrays = partition(model)
-    made, steps = _generate(graphdef, tuple(arrays), *padded, drawing, plan)
+    rows = None if adapter_ids is None else np.asarray(adapter_ids)
+    made, steps = _generate(graphdef, tuple(arrays), rows, *padded, drawing, plan)
     first = np.full((len(ids), 1), _config(model, "decoder_start_token_id"), np.int32) if seq2seq else ids
     return np.concatenate([first, np.asarray(made)[:, : int(steps)]], axis=1)
 
@@ -111,10 +115,16 @@ def bucket(length: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
 def _generate(
-    graphdef: GraphDef, arrays: tuple[Any, ...], ids: jax.Array, mask: jax.Array, drawing: dict[str, Any], plan: Plan
+    graphdef: GraphDef,
+    arrays: tuple[Any, ...],
+    rows: jax.Array | None,
+    ids: jax.Array,
+    mask: jax.Array,
+    drawing: dict[str, Any],
+    plan: Plan,
 ) -> tuple[jax.Array, jax.Array]:
     """New tokens [B, plan.new] for padded prompts [B, T], and how many steps were taken."""
-    model = combine(graphdef, *arrays)
+    model = combine(graphdef, *arrays, adapter_ids=rows)
     start = _start_seq2seq if plan.seq2seq else _start
     logits, cache = start(model, ids, mask, plan.new)
 

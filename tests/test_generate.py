@@ -349,3 +349,19 @@ def test_models_that_cannot_generate():
     headless = models.from_config({**CONFIGS["t5"], "decoder_start_token_id": None, "pad_token_id": None})
     with pytest.raises(JpeftError, match="decoder_start_token_id"):
         jpeft.generate(headless, IDS)
+
+
+def test_rows_with_adapters_of_their_own(llama):
+    adapted = jpeft.LoRA(rank=2)(llama, rngs=0)
+    graphdef, adapter, buffers, frozen = jpeft.partition(adapted)
+    tasks = [
+        ({k: jax.random.normal(jax.random.key(seed), v.shape) * 0.3 for k, v in adapter.items()}, buffers)
+        for seed in range(2)
+    ]
+    ids = np.arange(1, 13).reshape(3, 4)
+    mixed = jpeft.generate(jpeft.multi(adapted, tasks), ids, max_new_tokens=8, adapter_ids=[1, -1, 0])
+    for row, task in enumerate((1, None, 0)):
+        model = llama if task is None else jpeft.combine(graphdef, *tasks[task], frozen)
+        assert np.array_equal(jpeft.generate(model, ids[row : row + 1], max_new_tokens=8)[0], mixed[row])
+    with pytest.raises(jpeft.JpeftError, match="pass adapter_ids="):
+        jpeft.generate(jpeft.multi(adapted, tasks), ids, max_new_tokens=8)

@@ -6,5 +6,6 @@ from jpeft.models.families import MODEL_TYPES
 from jpeft.models.loading import from_config, load
 from jpeft.models.model import TASKS, Model
 from jpeft.models.saving import save
+from jpeft.models.tokenizer import load_tokenizer
 
-__all__ = ["MODEL_TYPES", "TASKS", "Attention", "Config", "Model", "from_config", "load", "save"]
+__all__ = ["MODEL_TYPES", "TASKS", "Attention", "Config", "Model", "from_config", "load", "load_tokenizer", "save"]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.errors import JpeftError
+from jpeft.models.attention_step import attend_step
 
 IMPLEMENTATIONS = ("xla", "cudnn", "pallas")
 _BACKENDS = {"cudnn": "gpu", "pallas": "tpu"}
@@ -62,6 +63,8 @@ class Attention:
             q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
             out = self(q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
             return out.astype(jnp.float16)
+        if q.shape[1] == 1 and not is_causal and name == "xla" and jax.default_backend() == "cpu":
+            return attend_step(q, k, v, mask=mask, bias=bias, scale=scale)
         return jax.nn.dot_product_attention(
             q, k, v, bias=bias, mask=mask, is_causal=is_causal, scale=scale, implementation=name
         )

@@ -41,5 +41,5 @@ def attend_step(
 
 def _grouped(x: jax.Array, groups: int) -> jax.Array:
     """[B or 1, N or 1, 1, S or 1] as [B or 1, K or 1, N / K or 1, S or 1]."""
-    rows, heads, _, keys = x.shape
+    rows, heads, _, keys = (1,) * (4 - x.ndim) + x.shape
     return x.reshape(rows, 1, 1, keys) if heads == 1 else x.reshape(rows, groups, heads // groups, keys)
