@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -109,11 +110,9 @@ class LoRA(Method):
     def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
         if not any(callable(entry) for entry in (*self.targets, *self.exclude)):
             return (self,)
-        found: list[str] = []
-        for node, layers in self._resolve(model):
-            whole = node.name or "^$"  # the model itself has the empty name, which only this expression matches
-            found += [whole] if layers is None else [node.expanded(member) for member in layers]
-        return (dataclasses.replace(self, targets=tuple(found), exclude=(), layers=None),)
+        found = [node.expanded(member) for node, layers in self._resolve(model) for member in layers or (None,)]
+        exact = tuple(f"^{re.escape(name)}$" for name in found)
+        return (dataclasses.replace(self, targets=exact, exclude=(), layers=None),)
 
     def _resolve(self, model: nnx.Module) -> list[tuple[Node, Layers]]:
         return resolve(
