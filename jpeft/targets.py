@@ -9,7 +9,7 @@ not match `kv_proj`, and `layers.1` is not `layers.10`. An entry is
 - a regular expression, recognised by any of ``^$*+?()[]{}|\\``: it must match from the start of a segment to the
   end of the name (`(q|v)_proj`, `layers\\.[0-3]\\..*`, `^lm_head$`).
 - `"all-linear"`: every linear layer except the output head that a model declares in `heads`.
-- a predicate `(name, module) -> bool` on the expanded name.
+- a predicate `(name, module) -> bool` on the expanded name and the module without its wrappers.
 
 The names of Hugging Face PEFT files, which carry the family's prefix (`model.layers.3...`), match as well.
 """
@@ -26,6 +26,7 @@ from jpeft import paths
 from jpeft.errors import JpeftError, nearest
 from jpeft.kinds import kind_of
 from jpeft.paths import Node
+from jpeft.wrapper import innermost
 
 Entry: TypeAlias = str | Callable[[str, Any], bool]
 Layers: TypeAlias = tuple[int, ...] | None
@@ -155,7 +156,7 @@ def _heads_of(model: nnx.Module) -> tuple[str, ...]:
 
 def _selects(entry: Entry, node: Node, called: tuple[str, ...], heads: tuple[str, ...]) -> bool:
     if not isinstance(entry, str):
-        return bool(entry(called[0], node.module))
+        return bool(entry(called[0], innermost(node.module)))
     if entry == ALL_LINEAR:
         kind = kind_of(node.module)
         return kind is not None and issubclass(kind, _LINEAR) and not _in_head(node, heads)

@@ -166,3 +166,9 @@ def test_a_second_all_linear_wraps_no_wrapper(llama: Any) -> None:
 
 def test_listing(llama: Any) -> None:
     assert set(jpeft.list_targets(llama)) == ATTENTION | FEED_FORWARD | {"lm_head", "embed_tokens"}
+
+
+def test_a_predicate_sees_the_module_under_its_wrappers(llama: Any) -> None:
+    once = jpeft.LoRA(rank=2)(llama, rngs=nnx.Rngs(0))
+    again = jpeft.LoRA(rank=2, name="more", targets=lambda name, module: isinstance(module, nnx.Linear))
+    assert "layers/self_attn/q_proj/more/a" in jpeft.partition(again(once, rngs=nnx.Rngs(0))).adapter
