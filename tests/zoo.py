@@ -122,9 +122,7 @@ _BERT = {
 # What `jpeft.models.from_config` is given: (config.json, task, further arguments).
 FAMILIES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "llama": ({"model_type": "llama", "tie_word_embeddings": False, **_LLAMA}, "causal-lm", {}),
-    "llama-remat": ({"model_type": "llama", "tie_word_embeddings": True, **_LLAMA}, "causal-lm", {"remat": True}),
-    "mistral": ({"model_type": "mistral", "sliding_window": 4, **_LLAMA}, "causal-lm", {}),
-    "qwen2": ({"model_type": "qwen2", **_LLAMA}, "causal-lm", {}),
+    "mistral-remat": ({"model_type": "mistral", "sliding_window": 4, **_LLAMA}, "causal-lm", {"remat": True}),
     "qwen3-classifier": ({"model_type": "qwen3", **_LLAMA}, "sequence-classification", {"num_labels": 3}),
     "gpt2": (
         {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 32},
@@ -136,7 +134,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "sequence-classification",
         {"num_labels": 3, "pooling": "mean"},
     ),
-    "bert-tokens": ({"model_type": "bert", "type_vocab_size": 2, **_BERT}, "token-classification", {"num_labels": 4}),
     "roberta": ({"model_type": "roberta", "type_vocab_size": 1, **_BERT, "pad_token_id": 1}, "masked-lm", {}),
     "t5": (
         {
@@ -173,7 +170,6 @@ def _family(name: str) -> Case:
 
 MODELS: dict[str, Case] = {
     "user-list": _user(stacked=False),
-    "user-stack": _user(stacked=True),
     "user-stack-remat": _user(stacked=True, remat=True),
     "shapes": Case(
         lambda dtype: Shapes(nnx.Rngs(0), jnp.dtype(dtype)), lambda model: model(_floats(BATCH, TIME, WIDTH))

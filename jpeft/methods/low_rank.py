@@ -13,8 +13,9 @@ Shapes are of one layer; inside a `Stack` every variable has the layer axis in f
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -107,9 +108,14 @@ class LoRAWrapper(Wrapper):
         """The shapes of a and b for one layer."""
         raise NotImplementedError(f"{type(self).__name__} defines no shapes")
 
-    def delta(self, a: Array, b: Array) -> Array:
-        """The change of one layer's weight, in float32; `a` is scaled already."""
-        raise NotImplementedError(f"{type(self).__name__} defines no delta")
+    @staticmethod
+    def delta(a: Array, b: Array, spec: Any) -> Array:
+        """The change of one layer's weight, in float32; `a` is scaled already. spec: what `spec` returned."""
+        raise NotImplementedError("a LoRAWrapper defines delta")
+
+    def spec(self) -> Hashable:
+        """What `delta` depends on beside its arrays."""
+        return None
 
     @staticmethod
     def start(
@@ -155,24 +161,25 @@ class LoRAWrapper(Wrapper):
         weight = kinds.weight(base)
         value = weight.get_value()
 
-        def add(rows: tuple[Array, Array, Array, Array]) -> Array:
-            w, a, b, scale = rows
-            scaled = a.astype(jnp.float32) * scale
-            return (w.astype(jnp.float32) + self.delta(scaled, b.astype(jnp.float32))).astype(w.dtype)
-
         whole = (self.a.get_value(), self.b.get_value(), self.scale.get_value())
         chosen = value if self.layers is None else value[jnp.array(self.layers)]
-        each = add
-        for _ in kinds.lead(base):
-            each = _mapped(each)
-        made = jax.jit(each)((chosen, *whole))
+        made = _added(type(self), self.spec(), len(kinds.lead(base)), chosen, *whole)
         weight.set_value(made if self.layers is None else value.at[jnp.array(self.layers)].set(made))
         return base
 
 
-def _mapped(function: Any) -> Any:
-    # One layer after the other: the float32 temporaries are of one layer, not of the stack.
-    return lambda rows: jax.lax.map(function, rows)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _added(
+    form: type[LoRAWrapper], spec: Hashable, lead: int, weight: Array, a: Array, b: Array, scale: Array
+) -> Array:
+    def add(rows: tuple[Array, Array, Array, Array]) -> Array:
+        weight, a, b, scale = rows
+        delta = form.delta(a.astype(jnp.float32) * scale, b.astype(jnp.float32), spec)
+        return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+
+    for _ in range(lead):  # one layer after the other: the float32 temporaries are of one layer, not of the stack
+        add = functools.partial(jax.lax.map, add)
+    return add((weight, a, b, scale))
 
 
 class LoRALinear(LoRAWrapper):
@@ -186,7 +193,8 @@ class LoRALinear(LoRAWrapper):
         y = self.base(x, **kwargs)
         return self.updated(y, low_rank, self.dropout(x.astype(y.dtype)))
 
-    def delta(self, a: Array, b: Array) -> Array:
+    @staticmethod
+    def delta(a: Array, b: Array, spec: Any) -> Array:
         return jnp.matmul(a, b, precision=_HIGHEST)
 
 
@@ -213,7 +221,8 @@ class LoRALinearGeneral(LoRAWrapper):
 
         return self.updated(y, update, moved.reshape(*moved.shape[: len(rest)], -1), by_row=0 not in axes)
 
-    def delta(self, a: Array, b: Array) -> Array:
+    @staticmethod
+    def delta(a: Array, b: Array, spec: Any) -> Array:
         return jnp.tensordot(a, b, axes=1, precision=_HIGHEST)
 
 
@@ -252,10 +261,14 @@ class LoRAEinsum(LoRAWrapper):
         by_row = inputs[0] == outputs[0] and inputs[0] not in _einsum_axes(einsum)[1]
         return self.updated(y, update, self.dropout(x.astype(y.dtype)), by_row=by_row)
 
-    def delta(self, a: Array, b: Array) -> Array:
+    def spec(self) -> str:
         einsum = innermost(self.base).einsum_str
         _, axes_a, axes_b = self._equations(einsum)
-        return jnp.einsum(_equation(axes_a, axes_b, _einsum_axes(einsum)[1]), a, b, precision=_HIGHEST)
+        return _equation(axes_a, axes_b, _einsum_axes(einsum)[1])
+
+    @staticmethod
+    def delta(a: Array, b: Array, spec: str) -> Array:
+        return jnp.einsum(spec, a, b, precision=_HIGHEST)
 
 
 def _einsum_axes(einsum: str | None) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -306,10 +319,13 @@ class LoRAConv(LoRAWrapper):
 
         return self.updated(y, update, self.dropout(x.astype(y.dtype)))
 
-    def delta(self, a: Array, b: Array) -> Array:
-        groups = innermost(self.base).feature_group_count
-        split_a = a.reshape(*a.shape[:-1], groups, -1)
-        split_b = b.reshape(b.shape[0], groups, -1)
+    def spec(self) -> int:
+        return innermost(self.base).feature_group_count
+
+    @staticmethod
+    def delta(a: Array, b: Array, spec: int) -> Array:
+        split_a = a.reshape(*a.shape[:-1], spec, -1)
+        split_b = b.reshape(b.shape[0], spec, -1)
         made = jnp.einsum("...gr,rgo->...go", split_a, split_b, precision=_HIGHEST)
         return made.reshape(*a.shape[:-1], -1)
 
@@ -336,7 +352,8 @@ class LoRAEmbed(LoRAWrapper):
         y = self.base.attend(query, **kwargs)
         return self.updated(y, lambda x, a, b, scale: low_rank(x, b.T, a.T, scale), query.astype(y.dtype))
 
-    def delta(self, a: Array, b: Array) -> Array:
+    @staticmethod
+    def delta(a: Array, b: Array, spec: Any) -> Array:
         return jnp.matmul(a, b, precision=_HIGHEST)
 
 

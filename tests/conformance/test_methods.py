@@ -40,8 +40,13 @@ def evaluate(model_name: str, model: Any, **kwargs: Any) -> jax.Array:
 
 
 def forward(model_name: str, parts: jpeft.Partition) -> Any:
+    return _forward(model_name, parts.graphdef)
+
+
+@functools.cache
+def _forward(model_name: str, graphdef: Any) -> Any:
     run = zoo.MODELS[model_name].run
-    return jax.jit(lambda *arrays: run(jpeft.combine(parts.graphdef, *arrays)))
+    return jax.jit(lambda *arrays: run(jpeft.combine(graphdef, *arrays)))
 
 
 def loss_of(model_name: str, parts: jpeft.Partition) -> Any:
@@ -93,14 +98,17 @@ def test_trains_and_only_what_it_should(model_name: str, method_name: str) -> No
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(adapter, updates), state, value, gradient
 
+    def value_of(adapter: Any) -> float:
+        return float(gradient_of(model_name, method_name)(adapter, parts.buffers, parts.frozen)[0])
+
     copies = {name: np.array(value) for name, value in parts.frozen.items() if value.dtype != jax.random.key(0).dtype}
     adapter, state = parts.adapter, optimizer.init(parts.adapter)
-    start = float(loss(adapter, parts.buffers, parts.frozen))
+    start = value_of(adapter)
     gradient = None
     for number in range(50):
         key = jax.random.fold_in(jax.random.key(11), number)
         adapter, state, _, gradient = step(adapter, state, parts.frozen, key)
-    assert float(loss(adapter, parts.buffers, parts.frozen)) < start
+    assert value_of(adapter) < start
     assert gradient is not None
     assert gradient.keys() == parts.adapter.keys()
     still = [name for name, value in gradient.items() if not jnp.any(value != 0)]
@@ -167,8 +175,10 @@ def test_both_ways_into_optax_agree(model_name: str, method_name: str) -> None:
 def test_switching_tasks_recompiles_nothing(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     run = forward(model_name, parts)
+    run(*parts[1:])
+    before = run._cache_size()
     outputs = [run(zoo.trained(parts, seed), parts.buffers, parts.frozen) for seed in range(3)]
-    assert run._cache_size() == 1
+    assert run._cache_size() == before
     assert not jnp.allclose(outputs[0], outputs[1])
 
 
