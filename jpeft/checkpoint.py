@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jpeft.errors import JpeftError
+from jpeft.merge import strip
 from jpeft.methods import Method, applied, compose, from_dict
-from jpeft.partition import Arrays, combine, partition
+from jpeft.partition import Arrays, combine, partition, value_of, variables
+from jpeft.variables import Frozen, Trainable
 
 FORMAT = "jpeft-adapter"
 VERSION = 1
@@ -30,36 +34,85 @@ _SAMPLES = 8  # values of each base array that are remembered
 # bfloat16 keeps 8 bits: a base cast to it is still the same base.
 _SAMPLE_TOLERANCE = 2.0**-7
 _MOST_DIFFERENCES = 12
+_LONGEST_NAME = 200  # Orbax adds to a folder's name while it writes
 
 
 def save_adapter(path: str | Path, model: nnx.Module, *, overwrite: bool = False) -> Path:
     """Writes the adapter of `model` (trainable arrays and buffers, with the methods' configurations) to folder `path`.
 
-    Every process of a multi-process run calls this. Raises JpeftError if there is nothing to save or if `path` exists
-    and `overwrite` is not set.
+    Every process of a multi-process run calls this. overwrite: replace an adapter that jpeft saved there before, once
+    the new one is written; nothing else is ever replaced. What is neither trained nor a buffer, such as batch
+    statistics, is not saved.
+
+    Raises JpeftError if there is nothing to save, if `load_adapter` could not make the model again, or if `path`
+    exists.
     """
     from orbax.checkpoint import v1 as ocp
 
-    path = Path(path).absolute()
-    _, adapter, buffers, frozen = partition(model)
+    path = _folder(path, "save_adapter")
+    _, adapter, buffers, _ = partition(model)
     if not adapter:
         raise JpeftError(f"save_adapter({str(path)!r}): the model has nothing trainable; apply a method first")
-    if path.exists() and not overwrite:
-        raise JpeftError(f"save_adapter: {str(path)!r} exists; choose another folder or pass overwrite=True")
+    if any(isinstance(array, jax.ShapeDtypeStruct) for array in adapter.values()):
+        raise JpeftError(f"save_adapter({str(path)!r}): the model is abstract; there are no arrays to save")
+    _check_remade(model, adapter, buffers)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "methods": [method.to_dict() for method in applied(model)],
-        "base": _fingerprint(frozen),
+        "base": _fingerprint(model),
     }
+    if path.exists():
+        if not overwrite:
+            raise JpeftError(f"save_adapter: {str(path)!r} exists; choose another folder or pass overwrite=True")
+        read_metadata(path, "save_adapter")  # refuses what is no adapter
+    new = path.with_name(f"{path.name}.new") if path.exists() else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        ocp.save_checkpointables(
-            path, _parts(adapter, buffers), overwrite=overwrite and path.exists(), custom_metadata=metadata
-        )
+        ocp.save_checkpointables(new, _parts(adapter, buffers), overwrite=new != path, custom_metadata=metadata)
+        if new != path:
+            _swap(new, path)
     except OSError as error:
         raise JpeftError(f"save_adapter: cannot write {str(path)!r}: {error}") from error
     return path
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Puts `new` in the place of `path`, by one process of several."""
+    from jax.experimental import multihost_utils
+
+    if jax.process_index() == 0:
+        old = path.with_name(f"{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jpeft.save_adapter")
+
+
+def _folder(path: str | Path, caller: str) -> Path:
+    """`path` as an absolute local path. Raises JpeftError for what can be none."""
+    try:
+        made = Path(path).expanduser().absolute()
+        too_long = len(os.fsencode(made.name)) > _LONGEST_NAME
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise JpeftError(f"{caller}: {path!r} is no path: {error}") from None
+    if "://" in str(path) or "\0" in str(path) or too_long:
+        raise JpeftError(f"{caller}: {path!r} cannot be used; give a folder of this machine or a mounted bucket")
+    return made
+
+
+def _check_remade(model: Any, adapter: Arrays, buffers: Arrays) -> None:
+    """Raises JpeftError if the recorded methods do not make this model from its base."""
+    remade = partition(_apply_abstract(applied(model), strip(model)))
+    made, wanted = ({k: v.shape for k, v in {**a, **b}.items()} for a, b in (remade[1:3], (adapter, buffers)))
+    if made != wanted:
+        odd = sorted(key for key in made.keys() | wanted.keys() if made.get(key) != wanted.get(key))
+        raise JpeftError(
+            f"save_adapter: applying {list(applied(model))} to the base does not give this model ({odd[:4]} differ); "
+            "apply methods to the whole model, not to a part of it"
+        )
 
 
 def load_adapter(path: str | Path, base_model: Any, *, check_base: bool = True) -> Any:
@@ -71,15 +124,18 @@ def load_adapter(path: str | Path, base_model: Any, *, check_base: bool = True) 
     """
     from orbax.checkpoint import v1 as ocp
 
-    path = Path(path).absolute()
+    path = _folder(path, "load_adapter")
     metadata = read_metadata(path)
     methods = _methods(path, metadata["methods"])
     frozen = partition(base_model).frozen
-    differences = _compare_base(metadata["base"], frozen, values=check_base)
+    differences = _compare_base(metadata["base"], base_model, values=check_base)
     if differences:
         _refuse(path, "was trained on another base", differences)
 
-    adapted = _apply_abstract(path, methods, base_model)
+    try:
+        adapted = _apply_abstract(methods, base_model)
+    except JpeftError as error:
+        raise JpeftError(f"load_adapter: {str(path)!r} does not fit this model: {error}") from error
     graphdef, adapter, buffers, _ = partition(adapted)
     wanted = _parts(adapter, buffers)
     differences = _compare_arrays(_on_disk(path), wanted)
@@ -94,19 +150,19 @@ def load_adapter(path: str | Path, base_model: Any, *, check_base: bool = True) 
     return combine(graphdef, loaded["adapter"], loaded.get("buffers", {}), frozen)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path, caller: str = "load_adapter") -> dict[str, Any]:
     """The JSON beside the arrays of a saved adapter. Raises JpeftError if `path` is not one."""
     if not path.is_dir():
-        raise JpeftError(f"load_adapter: there is no folder {str(path)!r}")
+        raise JpeftError(f"{caller}: there is no folder {str(path)!r}")
     file = path / "_CHECKPOINT_METADATA"
     try:
         metadata = json.loads(file.read_text(encoding="utf-8")).get("custom_metadata")
-    except (OSError, ValueError, AttributeError) as error:
-        raise JpeftError(f"load_adapter: {str(path)!r} is no complete jpeft adapter: {error}") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise JpeftError(f"{caller}: {str(path)!r} is no complete jpeft adapter: {error}") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise JpeftError(f"load_adapter: {str(path)!r} is an Orbax checkpoint, but not an adapter that jpeft saved")
+        raise JpeftError(f"{caller}: {str(path)!r} is an Orbax checkpoint, but not an adapter that jpeft saved")
     version = metadata.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise JpeftError(
             f"load_adapter: {str(path)!r} has format version {version!r}; this jpeft reads up to {VERSION}: upgrade it"
         )
@@ -119,14 +175,14 @@ def _validated(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     class BaseArray(pydantic.BaseModel):
         shape: list[int]
         dtype: str
-        values: list[float]
+        values: list[float | None] = pydantic.Field(min_length=_SAMPLES, max_length=_SAMPLES)
 
     class Metadata(pydantic.BaseModel):
         methods: list[dict[str, Any]]
         base: dict[str, BaseArray]
 
     try:
-        return Metadata.model_validate(metadata).model_dump()
+        return Metadata.model_validate(metadata, strict=True).model_dump()
     except pydantic.ValidationError as error:
         raise JpeftError(f"load_adapter: the description in {str(path)!r} cannot be used: {error}") from error
 
@@ -134,17 +190,14 @@ def _validated(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 def _methods(path: Path, configs: list[dict[str, Any]]) -> tuple[Method, ...]:
     try:
         return tuple(from_dict(config) for config in configs)
-    except (JpeftError, TypeError) as error:
+    except (JpeftError, TypeError, ValueError, OverflowError) as error:
         raise JpeftError(f"load_adapter: the configuration in {str(path)!r} cannot be used: {error}") from error
 
 
-def _apply_abstract(path: Path, methods: tuple[Method, ...], base_model: Any) -> Any:
+def _apply_abstract(methods: tuple[Method, ...], base_model: Any) -> Any:
     if not methods:  # a head alone was trained
         return nnx.eval_shape(lambda: nnx.clone(base_model))
-    try:
-        return nnx.eval_shape(lambda: compose(*methods)(base_model, rngs=0))
-    except JpeftError as error:
-        raise JpeftError(f"load_adapter: {str(path)!r} does not fit this model: {error}") from error
+    return nnx.eval_shape(lambda: compose(*methods)(base_model, rngs=0))
 
 
 def _parts(adapter: Arrays, buffers: Arrays) -> dict[str, Arrays]:
@@ -191,26 +244,46 @@ def _sharding(frozen: Arrays) -> Any:
     return jax.sharding.SingleDeviceSharding(device)
 
 
-def _fingerprint(frozen: Arrays) -> dict[str, Any]:
-    """Shape, dtype and a few values of each floating-point array: what a base is recognised by."""
+def _fingerprint(model: Any) -> dict[str, Any]:
+    """Shape, dtype and a few values of each parameter of the base: what it is recognised by."""
     return {
         key: {"shape": list(array.shape), "dtype": str(array.dtype), "values": values}
-        for key, array, values in _samples(frozen)
+        for key, array, values in _samples(model)
     }
 
 
-def _samples(frozen: Arrays) -> list[tuple[str, Any, list[float]]]:
-    floats = {k: v for k, v in frozen.items() if hasattr(v, "dtype") and jnp.issubdtype(v.dtype, jnp.floating)}
+def _samples(model: Any) -> list[tuple[str, Any, list[float | None]]]:
+    """A few values of each floating-point parameter that does not train; None for what is not finite.
+
+    State that is no parameter, such as batch statistics and caches, changes in use and identifies nothing.
+    """
+    floats = {
+        key: value_of(variable)
+        for key, _, variable in variables(model)
+        if isinstance(variable, Frozen | nnx.Param)
+        and not isinstance(variable, Trainable)
+        and jnp.issubdtype(variable.dtype, jnp.floating)
+    }
     concrete = {key: array for key, array in floats.items() if not isinstance(array, jax.ShapeDtypeStruct)}
     meshes = [a.sharding.mesh for a in concrete.values() if isinstance(getattr(a, "sharding", None), NamedSharding)]
 
     def pick(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {key: array[_places(array.shape)].astype(jnp.float32) for key, array in arrays.items()}
+        return {key: _picked(array).astype(jnp.float32) for key, array in arrays.items()}
 
     # Replicated, so that each process of several holds all values.
     out = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
     picked = jax.device_get(jax.jit(pick, out_shardings=out)(concrete)) if concrete else {}
-    return [(key, array, [float(v) for v in picked.get(key, ())]) for key, array in floats.items()]
+    return [
+        (key, array, [float(v) if math.isfinite(v) else None for v in picked.get(key, ())])
+        for key, array in floats.items()
+    ]
+
+
+def _picked(array: jax.Array) -> jax.Array:
+    places = _places(array.shape)
+    if any(kind == AxisType.Explicit for kind in jax.typeof(array).sharding.mesh.axis_types):
+        return array.at[places].get(out_sharding=PartitionSpec())
+    return array[places]
 
 
 def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
@@ -220,9 +293,9 @@ def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     return np.unravel_index(flat, shape) if shape else ()
 
 
-def _compare_base(saved: Mapping[str, Any], frozen: Arrays, *, values: bool) -> list[str]:
+def _compare_base(saved: Mapping[str, Any], model: Any, *, values: bool) -> list[str]:
     said = []
-    present = {key: (array, sample) for key, array, sample in _samples(frozen)}
+    present = {key: (array, sample) for key, array, sample in _samples(model)}
     said += [f"the base has no array {key!r}" for key in saved if key not in present]
     said += [f"the base has an array {key!r} that was not there" for key in present if key not in saved]
     for key in [key for key in saved if key in present]:
@@ -231,8 +304,8 @@ def _compare_base(saved: Mapping[str, Any], frozen: Arrays, *, values: bool) -> 
         if list(was["shape"]) != list(array.shape):
             said.append(f"{key!r} had shape {tuple(was['shape'])} and has {tuple(array.shape)}")
         elif values and sample and was["values"]:
-            then, now = np.array(was["values"]), np.array(sample)
-            largest = max(float(np.max(np.abs(then))), 1e-30)
-            if not np.allclose(then, now, rtol=0, atol=_SAMPLE_TOLERANCE * largest):
+            then, now = (np.array(values, dtype=np.float64) for values in (was["values"], sample))  # None becomes NaN
+            largest = max(float(np.nanmax(np.abs([*then, 0.0]))), 1e-30)
+            if not np.allclose(then, now, rtol=0, atol=_SAMPLE_TOLERANCE * largest, equal_nan=True):
                 said.append(f"the values of {key!r} differ (a few compared: {then[0]:.4g} then, {now[0]:.4g} now)")
     return said

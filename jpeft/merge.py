@@ -13,6 +13,7 @@ from flax import nnx
 
 from jpeft import kinds, paths, surgery
 from jpeft.errors import JpeftError
+from jpeft.methods.method import METHODS_ATTRIBUTE
 from jpeft.variables import Trainable, retype, unfreeze
 from jpeft.wrapper import NotMergeable, Wrapper
 
@@ -71,6 +72,6 @@ def _chain(module: Any) -> list[Wrapper]:
 
 
 def _plain(model: Any) -> Any:
-    if "peft_methods" in vars(model):
-        del model.peft_methods
+    if METHODS_ATTRIBUTE in vars(model):
+        delattr(model, METHODS_ATTRIBUTE)
     return model

@@ -57,7 +57,7 @@ def variables(model: nnx.Module) -> Iterator[tuple[str, Path, Any]]:
 
     def order(entry: tuple[str, Path, Any]) -> list[tuple[bool, int, str]]:
         # Numbers by value: layers/2 before layers/10.
-        return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in entry[0].split("/")]
+        return [(not p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in entry[0].split("/")]
 
     yield from sorted(found, key=order)
 
@@ -144,7 +144,9 @@ def _set_dropout(model: nnx.Module, key: jax.Array | None) -> None:
         module = node.module
         if not _has_dropout(module):
             continue
-        module.deterministic = key is None
+        setattr(
+            module, *(("active", key is not None) if isinstance(module, Dropout) else ("deterministic", key is None))
+        )
         if key is None:
             continue
         if isinstance(module, Dropout):
@@ -177,10 +179,12 @@ def value_of(variable: Any) -> Any:
 
 
 def trainable_mask(model: nnx.Module) -> dict[str, bool]:
-    """{canonical key: whether it trains} for every array of the model, as `optax.masked` takes it.
+    """{canonical key: whether it trains} for every array of the model.
 
     The tree it belongs to is `{**adapter, **buffers, **frozen}` of `partition(model)`; given back through
-    `combine(graphdef, tree, {}, {})`.
+    `combine(graphdef, tree, {}, {})`. `optax.masked(optimizer, mask)` passes the gradients of masked-out arrays on as
+    updates, so chain it with `optax.masked(optax.set_to_zero(), {k: not v for k, v in mask.items()})`, or use
+    `optax.partition` with `param_labels`. Differentiate floating-point arrays only: keys and counters stay outside.
     """
     return {
         key: isinstance(v, Trainable) for key, _, v in variables(model) if not isinstance(v, DropoutKey | AdapterIds)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jpeft import surgery
+from jpeft.errors import JpeftError
 from jpeft.stack import Stack
 from jpeft.surgery import Path
 from jpeft.wrapper import Wrapper
@@ -55,7 +56,7 @@ class Node:
 
     def layer(self, layer: int | None = None) -> int | None:
         """The layer this is in: the first index of the expanded name, or None if it has none."""
-        return next((int(part) for part in self._segments(layer) if part.isdigit()), None)
+        return next((int(part) for part in self._segments(layer) if part.isdecimal()), None)
 
     @property
     def members(self) -> tuple[int, ...] | tuple[None]:
@@ -81,7 +82,7 @@ class Node:
         folds = []
         for member in members:
             segments = list(self._segments(member))
-            index = next((i for i, part in enumerate(segments) if part.isdigit()), None)
+            index = next((i for i, part in enumerate(segments) if part.isdecimal()), None)
             # Layers count from 1 here, so that no layer shares its key with a module outside the layers.
             layer = 0 if index is None else int(segments.pop(index)) + 1
             folds.append((zlib.crc32("/".join([*segments, owner]).encode()), layer))
@@ -122,6 +123,11 @@ def _canonical(trail: list[tuple[Any, str | int]]) -> tuple[tuple[str, ...], tup
     stack = None
     for node, name in trail:
         if isinstance(node, Stack) and name == "layer":
+            if stack is not None:
+                raise JpeftError(
+                    f"{'/'.join(parts) or 'the model'} is a Stack inside the layers of a Stack, which methods cannot "
+                    "address; keep the inner layers in an nnx.List"
+                )
             stack = (len(parts), node.length)
         elif isinstance(node, Wrapper):
             parts += [] if name == "base" else [node.name, str(name)]

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 from flax import nnx
 
+from jpeft.errors import JpeftError
+
 Path: TypeAlias = tuple[Any, ...]  # attribute names and indices
 
 
@@ -50,7 +52,10 @@ def _assign(parent: Any, name: Any, value: Any) -> None:
         # nnx.data also turns an attribute that was static (a plain attention function) into one that holds a module.
         setattr(parent, str(name), nnx.data(value) if isinstance(value, nnx.Pytree) else value)
     else:
-        raise TypeError(f"cannot replace item {name!r} of a {type(parent).__name__}")
+        raise JpeftError(
+            f"item {name!r} of a {type(parent).__name__} in the model cannot be replaced; keep modules and variables "
+            "in attributes, nnx.List or nnx.Dict"
+        )
 
 
 def _slots(node: Any, path: Path = (), above: frozenset[int] = frozenset()) -> Iterator[tuple[Path, Any, Any]]:

@@ -4,20 +4,22 @@ Names are matched on whole segments against the expanded per-layer names (`layer
 not match `kv_proj`, and `layers.1` is not `layers.10`. An entry is
 
 - a name: the last segments of a module's name (`q_proj`, `self_attn.q_proj`, `layers.3.self_attn.q_proj`, or the
-  canonical `layers/self_attn/q_proj` for all layers). In `exclude` and in patterns it may also name a module around it
-  (`layers.1`, `encoder`).
+  canonical `layers/self_attn/q_proj` for all layers).
 - a regular expression, recognised by any of ``^$*+?()[]{}|\\``: it must match from the start of a segment to the
   end of the name (`(q|v)_proj`, `layers\\.[0-3]\\..*`, `^lm_head$`).
+- a module type (`nnx.Conv`): every module of it.
 - `"all-linear"`: every linear layer except the output head that a model declares in `heads`.
 - a predicate `(name, module) -> bool` on the expanded name and the module without its wrappers.
 
-The names of Hugging Face PEFT files, which carry the family's prefix (`model.layers.3...`), match as well.
+In `exclude` and in patterns, names and expressions may also mean a module around it (`layers.1`, `layers\\.[01]`).
+Dots and slashes are the same. The names of Hugging Face PEFT files, which carry the family's prefix
+(`model.layers.3...`), match as well.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from flax import nnx
@@ -42,12 +44,14 @@ def entries(given: Entry | Iterable[Entry] | None) -> tuple[Entry, ...]:
         return ()
     several: Iterable[Any] = (given,) if isinstance(given, str) or callable(given) else given
     try:
-        made = tuple(several)
+        made = (given,) if isinstance(given, Mapping) else tuple(several)
     except TypeError:
         made = (given,)
     for entry in made:
         if not (callable(entry) or (isinstance(entry, str) and entry.strip())):
-            raise JpeftError(f"{entry!r} is no target: give a module name, a regular expression, or a predicate")
+            raise JpeftError(
+                f"{entry!r} is no target: give a module name, a regular expression, a module type, or a predicate"
+            )
         if isinstance(entry, str):
             _compile(entry)
     return made
@@ -58,7 +62,8 @@ def _compile(entry: str) -> re.Pattern[str] | None:
     if not _REGEX.search(entry):
         return None
     try:
-        return re.compile(rf"(?:.*\.)?(?:{entry})")
+        re.compile(entry)
+        return re.compile(rf"(?:.*\.)?(?:{entry.replace('/', '[.]')})")
     except re.error as error:
         raise JpeftError(f"{entry!r} is no valid regular expression: {error}") from None
 
@@ -67,7 +72,7 @@ def matches(entry: str, names: Iterable[str], *, around: bool = False) -> bool:
     """Whether a name or regular expression fits any of `names`; with `around`, also a module around them."""
     pattern = _compile(entry)
     if pattern is not None:
-        return any(pattern.fullmatch(name) for name in names)
+        return any(pattern.fullmatch(part) for name in names for part in (_above(name) if around else (name,)))
     wanted = entry.replace("/", ".").split(".")
     for name in names:
         segments = name.split(".")
@@ -75,6 +80,12 @@ def matches(entry: str, names: Iterable[str], *, around: bool = False) -> bool:
         if any(start >= 0 and segments[start : start + len(wanted)] == wanted for start in starts):
             return True
     return False
+
+
+def _above(name: str) -> list[str]:
+    """`a.b.c` and the names of what is around it: `a`, `a.b`, `a.b.c`."""
+    segments = name.split(".")
+    return [".".join(segments[:end]) for end in range(1, len(segments) + 1)]
 
 
 def names(node: Node, member: int | None, prefix: str) -> tuple[str, ...]:
@@ -123,12 +134,11 @@ def resolve(
                     if entry != ALL_LINEAR and isinstance(entry, str):
                         wrong.setdefault(entry, []).append(node)
                 continue
-            if hit and not out:
-                number = node.layer(member)
-                if number is not None:
-                    present.add(number)
-                if layers is None or number in layers:
-                    kept.append(member)
+            number = node.layer(member)
+            if hit and number is not None:
+                present.add(number)
+            if hit and not out and (layers is None or number in layers):
+                kept.append(member)
         if kept:
             whole = node.stack is None or len(kept) == node.length
             chosen.append((node, None if whole else tuple(m for m in kept if m is not None)))
@@ -149,12 +159,14 @@ def prefix_of(model: nnx.Module) -> str:
 
 def _heads_of(model: nnx.Module) -> tuple[str, ...]:
     # A user's model may have an attribute `heads` of its own: only a tuple of names declares output heads.
-    declared = getattr(model, "heads", ())
+    declared = getattr(model, "heads", ()) if prefix_of(model) or hasattr(model, "task") else ()
     named = isinstance(declared, tuple) and all(isinstance(name, str) for name in declared)
     return declared if named else ()
 
 
 def _selects(entry: Entry, node: Node, called: tuple[str, ...], heads: tuple[str, ...]) -> bool:
+    if isinstance(entry, type):
+        return isinstance(innermost(node.module), entry)
     if not isinstance(entry, str):
         return bool(entry(called[0], innermost(node.module)))
     if entry == ALL_LINEAR:
@@ -219,6 +231,8 @@ class Pattern:
     """
 
     def __init__(self, table: dict[str, Any] | Any, *, field: str, method: str):
+        if not isinstance(table, Mapping) or not all(isinstance(entry, str) for entry in table):
+            raise JpeftError(f"{method}: {field}={table!r} is no mapping of names or regular expressions to values")
         self._table = dict(table)
         self._unused = set(self._table)
         self._field, self._method = field, method

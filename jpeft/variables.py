@@ -39,8 +39,11 @@ class AdapterIds(nnx.Variable):
 class Frozen(nnx.Variable):
     """A parameter of the base: not an `nnx.Param`, so no optimizer that asks for parameters finds it.
 
-    Metadata `original` keeps the type it had, which `strip` and `merge` give back.
+    Its metadata keeps the type it had, which `strip` and `merge` give back.
     """
+
+
+_ORIGINAL = "jpeft_original_type"
 
 
 _V = TypeVar("_V", bound=nnx.Variable)
@@ -54,7 +57,7 @@ def retype(variable: nnx.Variable, kind: type[_V], **metadata: Any) -> _V:
 def freeze(variable: nnx.Variable) -> nnx.Variable:
     """An `nnx.Param` that nothing trains becomes `Frozen`; everything else stays as it is."""
     if isinstance(variable, nnx.Param) and not isinstance(variable, Trainable):
-        return retype(variable, Frozen, original=type(variable))
+        return retype(variable, Frozen, **{_ORIGINAL: type(variable)})
     return variable
 
 
@@ -63,5 +66,5 @@ def unfreeze(variable: nnx.Variable) -> nnx.Variable:
     if not isinstance(variable, Frozen):
         return variable
     metadata = variable.get_metadata()
-    original = metadata.pop("original")
+    original = metadata.pop(_ORIGINAL)
     return original(variable.get_value(), **metadata)

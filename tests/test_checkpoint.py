@@ -256,3 +256,67 @@ def test_two_processes_train_save_and_load_together(tmp_path: Path) -> None:
     assert lines[0].startswith("agreed")
     alone = jpeft.load_adapter(folder, nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
     assert abs(float(jnp.sum(alone.b[...])) - float(lines[0].split()[2])) < 1e-6
+
+
+def test_overwriting_replaces_adapters_only(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("days")
+    for name in ("work", "file"):
+        with pytest.raises(jpeft.JpeftError):
+            jpeft.save_adapter(tmp_path / name, trained(base()), overwrite=True)
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "years"
+    assert (tmp_path / "file").read_text() == "days"
+
+
+def test_the_old_adapter_stays_until_the_new_one_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orbax.checkpoint import v1 as ocp
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(ocp, "save_checkpointables", full)
+    with pytest.raises(jpeft.JpeftError, match="cannot write .*No space left"):
+        jpeft.save_adapter(folder, jpeft.LoRA(rank=3)(base(), rngs=1), overwrite=True)
+    assert jpeft.applied(jpeft.load_adapter(folder, base()))[0].rank == 2
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    model = base()
+    model.layers = jpeft.LoRA(rank=2)(model.layers, rngs=0)
+    with pytest.raises(jpeft.JpeftError, match="apply methods to the whole model, not to a part of it"):
+        jpeft.save_adapter(tmp_path / "a", model)
+    with pytest.raises(jpeft.JpeftError, match="the model is abstract"):
+        jpeft.save_adapter(tmp_path / "a", nnx.eval_shape(lambda: trained(base())))
+    for path in ("gs://bucket/a", "x" * 300, "a\0b"):
+        with pytest.raises(jpeft.JpeftError, match="cannot be used|no path"):
+            jpeft.save_adapter(path, trained(base()))
+
+
+def test_state_that_changes_in_use_is_not_the_base(tmp_path: Path) -> None:
+    class Normed(nnx.Module):
+        def __init__(self) -> None:
+            self.linear, self.norm = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    adapted = jpeft.LoRA(rank=2)(Normed(), rngs=0)
+    adapted.norm.mean.set_value(jnp.ones(4))
+    jpeft.save_adapter(tmp_path / "a", adapted)
+    assert jpeft.load_adapter(tmp_path / "a", Normed())
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"custom_metadata": ' + "[" * 100_000, "null", "\ufeff{}", '{"custom_metadata": 3}']
+)
+def test_hostile_json_is_refused(folder: Path, text: str) -> None:
+    (folder / "_CHECKPOINT_METADATA").write_text(text)
+    with pytest.raises(jpeft.JpeftError):
+        jpeft.load_adapter(folder, base())
+
+
+@pytest.mark.parametrize(
+    "config", [{"layers": [float("inf")]}, {"rank_pattern": "abc"}, {"rank": "8"}, {"targets": {"q": 1}}, {"alpha": []}]
+)
+def test_hostile_configurations_are_refused(folder: Path, config: dict[str, Any]) -> None:
+    edit(folder, methods=[{"method": "lora", **config}])
+    with pytest.raises(jpeft.JpeftError, match="cannot be used"):
+        jpeft.load_adapter(folder, base())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -78,3 +79,46 @@ def test_a_new_head_becomes_a_plain_parameter_when_merged() -> None:
     adapted = jpeft.LoRA(rank=2)(model, rngs=0)
     assert "classifier/kernel" in jpeft.partition(adapted).adapter
     assert type(jpeft.merge(adapted).classifier.kernel) is nnx.Param
+
+
+class _Shared(nnx.Module):
+    """Two layers that read one kernel."""
+
+    def __init__(self) -> None:
+        self.first, self.second = (nnx.Linear(6, 6, use_bias=False, rngs=nnx.Rngs(seed)) for seed in range(2))
+        self.second.kernel = self.first.kernel
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(nnx.tanh(self.first(x)))
+
+
+@pytest.mark.skipif(os.environ.get("NNX_GRAPH_MODE") == "false", reason="tree mode refuses shared Variables itself")
+@pytest.mark.parametrize("targets", ["first", "second", "all-linear"])
+def test_a_kernel_that_two_layers_read_is_untied_by_merging(targets: str) -> None:
+    parts = jpeft.partition(jpeft.LoRA(rank=2, targets=targets)(_Shared(), rngs=0))
+    model = jpeft.combine(parts.graphdef, zoo.trained(parts, size=0.5), parts.buffers, parts.frozen)
+    x = jax.random.normal(jax.random.key(0), (3, 6))
+    assert zoo.relative(jpeft.merge(model)(x), model(x)) < 1e-5
+
+
+class Scaled(nnx.Linear):
+    """A layer that is no plain product."""
+
+    def __call__(self, x: jax.Array, factor: float = 3.0) -> jax.Array:
+        return factor * super().__call__(x)
+
+
+def test_a_layer_that_computes_something_else_is_adapted_but_not_merged() -> None:
+    adapted = jpeft.LoRA(rank=2)(Scaled(4, 4, rngs=nnx.Rngs(0)), rngs=0)
+    assert adapted(jnp.ones((2, 4)), 2.0).shape == (2, 4)
+    with pytest.raises(jpeft.JpeftError, match="Scaled computes something else than the Linear it derives from"):
+        jpeft.merge(adapted)
+
+
+@pytest.mark.parametrize(("axis", "shape"), [((-1, -2), (3, 5, 5)), ((2, 1), (3, 4, 5)), ((-2, -1), (3, 4, 5))])
+def test_axes_in_any_order(axis: tuple[int, int], shape: tuple[int, ...]) -> None:
+    base = nnx.LinearGeneral(shape[1:], 7, axis=axis, rngs=nnx.Rngs(0))
+    parts = jpeft.partition(jpeft.LoRA(rank=2)(base, rngs=0))
+    model = jpeft.combine(parts.graphdef, zoo.trained(parts, size=0.5), parts.buffers, parts.frozen)
+    x = jax.random.normal(jax.random.key(0), shape)
+    assert zoo.relative(jpeft.merge(model)(x), model(x)) < 1e-5

@@ -171,3 +171,23 @@ def test_a_users_own_scan_over_modules() -> None:
     x = jnp.ones((2, 4))
     assert zoo.relative(jpeft.merge(model)(x), model(x)) < 1e-5
     assert jpeft.combine(*parts, dropout=jax.random.key(1))(x).shape == x.shape
+
+
+def test_training_mode_of_nnx_needs_no_key() -> None:
+    model = jpeft.LoRA(rank=2, dropout=0.5)(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), rngs=0)
+    parts = jpeft.partition(model)
+    trained = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    expected = trained(jnp.ones((2, 4)))
+    trained.train()
+    assert jnp.array_equal(trained(jnp.ones((2, 4))), expected)
+
+
+def test_attributes_of_the_users_model_are_its_own() -> None:
+    class Named(nnx.Module):
+        def __init__(self) -> None:
+            self.q, self.k = (nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2))
+            self.heads, self.peft_methods, self.base_prefix = ("q", "k"), "mine", None
+
+    model = jpeft.LoRA(rank=2)(Named(), rngs=0)
+    assert len(jpeft.partition(model).adapter) == 4
+    assert model.peft_methods == jpeft.strip(model).peft_methods == "mine"

@@ -149,3 +149,16 @@ def test_compiled_program_does_not_grow_with_depth() -> None:
         return lowered.as_text().count("\n")
 
     assert size(4) == size(16)
+
+
+def test_a_stack_inside_a_stack_is_refused() -> None:
+    class Outer(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.inner = jpeft.Stack.create(zoo.Block, 2, rngs=rngs)
+
+    class Nested(nnx.Module):
+        def __init__(self) -> None:
+            self.outer = jpeft.Stack.create(Outer, 2, rngs=nnx.Rngs(0))
+
+    with pytest.raises(jpeft.JpeftError, match="outer/inner is a Stack inside the layers of a Stack"):
+        jpeft.LoRA(rank=2)(Nested(), rngs=0)

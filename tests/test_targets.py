@@ -49,6 +49,8 @@ FEED_FORWARD = {f"layers/mlp/{name}_proj" for name in ("gate", "up", "down")}
         ("all-linear", ATTENTION | FEED_FORWARD),
         (["all-linear", "lm_head"], ATTENTION | FEED_FORWARD | {"lm_head"}),
         (["embed_tokens"], {"embed_tokens"}),
+        (nnx.Embed, {"embed_tokens"}),
+        (r"layers/self_attn/(q|v)_proj", {"layers/self_attn/q_proj", "layers/self_attn/v_proj"}),
         (lambda name, module: name.endswith("o_proj"), {"layers/self_attn/o_proj"}),
         ([lambda name, module: isinstance(module, nnx.Embed), "k_proj"], {"embed_tokens", "layers/self_attn/k_proj"}),
     ],
@@ -75,7 +77,8 @@ def test_whole_segments(deep: Any) -> None:
     assert adapted(deep, targets="layers.1.up") == {"layers/1/up"}
     assert adapted(deep, targets=r"layers\.1\.up") == {"layers/1/up"}
     assert "layers/10/up" in adapted(deep, targets="up", exclude="layers.1")
-    assert "layers/1/up" not in adapted(deep, targets="up", exclude="layers.1")
+    for exclude in ("layers.1", r"layers\.1", "layers/1", r"^layers\.1$"):
+        assert adapted(deep, targets="up", exclude=exclude) == {f"layers/{i}/up" for i in range(12) if i != 1}
 
     class Lookalike(nnx.Module):
         def __init__(self) -> None:

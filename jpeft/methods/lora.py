@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers as numbers_abc
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -69,18 +70,27 @@ class LoRA(Method):
             for field, value in values.items():
                 object.__setattr__(self, field, value)
 
+        for field in ("rank_pattern", "alpha_pattern"):
+            table = getattr(self, field)
+            if not isinstance(table, Mapping) or not all(isinstance(entry, str) for entry in table):
+                raise JpeftError(f"LoRA: {field}={table!r} is no mapping of names or regular expressions to values")
         settle(
             targets=entries(self.targets),
             exclude=entries(self.exclude),
             layers=_layers(self.layers),
-            rank_pattern=FrozenDict(self.rank_pattern or {}),
-            alpha_pattern=FrozenDict(self.alpha_pattern or {}),
+            rank=_whole(self.rank),
+            alpha=_real(self.alpha),
+            dropout=_real(self.dropout),
+            dtype=str(self.dtype),
+            rank_pattern=FrozenDict({entry: _whole(value) for entry, value in self.rank_pattern.items()}),
+            alpha_pattern=FrozenDict({entry: _real(value) for entry, value in self.alpha_pattern.items()}),
         )
         _check_rank("rank", self.rank, least=1)
         for entry, value in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{entry!r}]", value, least=0)
-        for entry, alpha in [("alpha", self.alpha), *self.alpha_pattern.items()]:
-            if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
+        given = {} if self.alpha is None else {"alpha": self.alpha}
+        for entry, alpha in {**given, **self.alpha_pattern}.items():
+            if not (_is_number(alpha) and math.isfinite(alpha)):
                 raise JpeftError(f"LoRA: {entry}={alpha!r} is not a finite number")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise JpeftError(f"LoRA: dropout={self.dropout!r} is not in [0, 1)")
@@ -88,8 +98,8 @@ class LoRA(Method):
             raise JpeftError(f"LoRA: init={self.init!r}; choose 'kaiming' or 'gaussian'")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise JpeftError(f"LoRA: dtype={self.dtype!r}; choose 'float32', 'bfloat16' or 'float16'")
-        if not (isinstance(self.name, str) and self.name.isidentifier()):
-            raise JpeftError(f"LoRA: name={self.name!r} is not an identifier")
+        if not (isinstance(self.name, str) and self.name.isidentifier() and self.name[0] != "_"):
+            raise JpeftError(f"LoRA: name={self.name!r} is not an identifier (a letter, then letters, digits and _)")
 
     def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
         chosen = self._resolve(model)
@@ -105,6 +115,8 @@ class LoRA(Method):
                 replacements[node.path] = self._wrapper(node, slots, key)
         ranks.check()
         alphas.check()
+        if not replacements:
+            raise JpeftError(f"LoRA: rank_pattern={dict(self.rank_pattern)!r} gives every target rank 0")
         return surgery.replace(model, replacements)
 
     def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
@@ -138,9 +150,16 @@ class LoRA(Method):
         keys = node.keys(key, self.name, lead, layers)
         kind = kinds.kind_of(node.module)
         assert kind is not None
-        return lambda base: FORMS[kind](
-            base, method=self, rank=rank, lead=lead, keys=keys, scale=jnp.asarray(scale), layers=layers
-        )
+
+        def wrap(base: Any) -> LoRAWrapper:
+            try:
+                return FORMS[kind](
+                    base, method=self, rank=rank, lead=lead, keys=keys, scale=jnp.asarray(scale), layers=layers
+                )
+            except JpeftError as error:
+                raise JpeftError(f"{error} ({node.name or 'the model itself'!r})") from None
+
+        return wrap
 
 
 def _slot_scales(rank: int, live: int, alpha: float, rslora: bool) -> np.ndarray:
@@ -162,15 +181,25 @@ def _covered(node: Node, live: list[int]) -> Layers:
 def _layers(given: Any) -> Layers:
     if given is None:
         return None
-    numbers = [given] if isinstance(given, int) and not isinstance(given, bool) else given
     try:
-        made = sorted({int(number) for number in numbers if not isinstance(number, bool)})
-        whole = len(made) == len(list(numbers)) and all(int(n) == n and n >= 0 for n in numbers)
-    except (TypeError, ValueError):
-        made, whole = [], False
-    if not whole or not made:
+        numbers = [given] if isinstance(given, numbers_abc.Integral) else list(given)
+    except TypeError:
+        numbers = []
+    made = sorted({_whole(number) for number in numbers if isinstance(_whole(number), int)})
+    if not made or len(made) != len(numbers) or made[0] < 0 or any(isinstance(number, bool) for number in numbers):
         raise JpeftError(f"layers={given!r}: give distinct layer numbers from 0, such as range(8, 16) or [0, 1]")
     return tuple(made)
+
+
+def _whole(value: Any) -> Any:
+    """NumPy's whole numbers as Python's; anything else as it is."""
+    return int(value) if isinstance(value, numbers_abc.Integral) and not isinstance(value, bool) else value
+
+
+def _real(value: Any) -> Any:
+    """NumPy's numbers as Python's; anything else as it is."""
+    plain = isinstance(value, bool | int | float) or not isinstance(value, numbers_abc.Real)
+    return value if plain else float(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from jpeft import kinds
@@ -44,6 +45,10 @@ def low_rank(
     Left to itself, autodiff transposes the large output cotangent to form b's gradient; folding batch and time into one
     contracted axis avoids that copy.
     """
+    return _plain(x, a, b, scale)
+
+
+def _plain(x: Array, a: Array, b: Array, scale: Array) -> Array:
     return ((x @ a) * scale) @ b
 
 
@@ -67,6 +72,13 @@ def _backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
 
 
 low_rank.defvjp(_forward, _backward)
+
+
+def product(x: Array, a: Array, b: Array, scale: Array) -> Array:
+    """`low_rank`, or its plain form where types of arrays name mesh axes, for which autodiff knows the collectives."""
+    typed = jax.typeof(x)
+    named = any(kind != AxisType.Auto for kind in typed.sharding.mesh.axis_types)
+    return (_plain if named or getattr(typed, "vma", None) else low_rank)(x, a, b, scale)
 
 
 class LoRAWrapper(Wrapper):
@@ -156,7 +168,12 @@ class LoRAWrapper(Wrapper):
             raise NotMergeable(
                 "it holds several adapters, and one weight can hold only one; merge the tasks one by one"
             )
-        if kinds.kind_of(base) is None or isinstance(base, Wrapper):
+        kind = kinds.kind_of(base)
+        if kind is not None and type(base).__call__ is not kind.__call__:
+            raise NotMergeable(
+                f"{type(base).__name__} computes something else than the {kind.__name__} it derives from"
+            )
+        if kind is None or isinstance(base, Wrapper):
             raise NotMergeable(f"{type(base).__name__} under it has no plain weight to add the update to")
         weight = kinds.weight(base)
         value = weight.get_value()
@@ -164,7 +181,9 @@ class LoRAWrapper(Wrapper):
         whole = (self.a.get_value(), self.b.get_value(), self.scale.get_value())
         chosen = value if self.layers is None else value[jnp.array(self.layers)]
         made = _added(type(self), self.spec(), len(kinds.lead(base)), chosen, *whole)
-        weight.set_value(made if self.layers is None else value.at[jnp.array(self.layers)].set(made))
+        whole_made = made if self.layers is None else value.at[jnp.array(self.layers)].set(made)
+        # A new Variable: the old one may be shared with another module, which has no adapter or another one.
+        setattr(base, kinds.KINDS[kind][0], type(weight)(whole_made, **weight.get_metadata()))
         return base
 
 
@@ -189,9 +208,9 @@ class LoRALinear(LoRAWrapper):
         features_in, features_out = kinds.own_shape(self.base)
         return (features_in, rank), (rank, features_out)
 
-    def __call__(self, x: Float[Array, "*batch in"], **kwargs: Any) -> Float[Array, "*batch out"]:
-        y = self.base(x, **kwargs)
-        return self.updated(y, low_rank, self.dropout(x.astype(y.dtype)))
+    def __call__(self, x: Float[Array, "*batch in"], *args: Any, **kwargs: Any) -> Float[Array, "*batch out"]:
+        y = self.base(x, *args, **kwargs)
+        return self.updated(y, product, self.dropout(x.astype(y.dtype)))
 
     @staticmethod
     def delta(a: Array, b: Array, spec: Any) -> Array:
@@ -209,15 +228,15 @@ class LoRALinearGeneral(LoRAWrapper):
             )
         return (*base.in_features, rank), (rank, *base.out_features)
 
-    def __call__(self, x: Float[Array, "..."], **kwargs: Any) -> Float[Array, "..."]:
-        y = self.base(x, **kwargs)
-        axes = [axis % x.ndim for axis in innermost(self.base).axis]
+    def __call__(self, x: Float[Array, "..."], *args: Any, **kwargs: Any) -> Float[Array, "..."]:
+        y = self.base(x, *args, **kwargs)
+        axes = sorted(axis % x.ndim for axis in innermost(self.base).axis)  # Flax contracts them in this order
         rest = [axis for axis in range(x.ndim) if axis not in axes]
         moved = jnp.transpose(self.dropout(x.astype(y.dtype)), (*rest, *axes))
 
         def update(x: Array, a: Array, b: Array, scale: Array) -> Array:
             rank = scale.shape[-1]
-            return low_rank(x, a.reshape(-1, rank), b.reshape(rank, -1), scale)
+            return product(x, a.reshape(-1, rank), b.reshape(rank, -1), scale)
 
         return self.updated(y, update, moved.reshape(*moved.shape[: len(rest)], -1), by_row=0 not in axes)
 
@@ -250,7 +269,11 @@ class LoRAEinsum(LoRAWrapper):
 
     def __call__(self, x: Float[Array, "..."], einsum_str: str | None = None, **kwargs: Any) -> Float[Array, "..."]:
         y = self.base(x, einsum_str, **kwargs)
-        einsum = einsum_str or innermost(self.base).einsum_str
+        einsum = innermost(self.base).einsum_str
+        if einsum_str is not None and einsum_str.replace(" ", "") != einsum:
+            raise JpeftError(
+                f"LoRA: an Einsum made as {einsum!r} is called as {einsum_str!r}; exclude it from the targets"
+            )
         inputs, _, outputs = _einsum_axes(einsum)
         middle, axes_a, axes_b = self._equations(einsum)
 
@@ -297,19 +320,21 @@ class LoRAConv(LoRAWrapper):
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         groups = innermost(self.base).feature_group_count
+        if innermost(self.base).mask is not None:
+            raise JpeftError("LoRA: a convolution with a mask cannot be adapted; exclude it from the targets")
         if rank % groups:
             raise JpeftError(f"LoRA: rank={rank} is no multiple of the convolution's feature_group_count={groups}")
         *window, features_in, features_out = kinds.own_shape(self.base)
         return (*window, features_in, rank), (rank // groups, features_out)
 
-    def __call__(self, x: Float[Array, "..."], **kwargs: Any) -> Float[Array, "..."]:
-        y = self.base(x, **kwargs)
+    def __call__(self, x: Float[Array, "..."], *args: Any, **kwargs: Any) -> Float[Array, "..."]:
+        y = self.base(x, *args, **kwargs)
 
         def update(x: Array, a: Array, b: Array, scale: Array) -> Array:
             # The base's own code with another kernel: padding modes, strides and dilations stay exactly its own.
             down = nnx.clone(innermost(self.base))
             down.kernel, down.bias, down.use_bias = nnx.Variable(a), None, False
-            down.out_features, down.mask = a.shape[-1], None
+            down.out_features = a.shape[-1]
             h = down(x) * scale
             groups = down.feature_group_count
             made = jnp.einsum(
@@ -345,12 +370,14 @@ class LoRAEmbed(LoRAWrapper):
 
     def __call__(self, ids: Int[Array, "..."], **kwargs: Any) -> Float[Array, "... features"]:
         y = self.base(ids, **kwargs)
+        if innermost(self.base).num_embeddings == 1:
+            ids = jnp.zeros_like(ids)  # Flax takes the one row whatever the id
         return self.updated(y, lambda ids, a, b, scale: (jnp.take(a, ids, axis=0) * scale) @ b, ids)
 
     def attend(self, query: Float[Array, "... features"], **kwargs: Any) -> Float[Array, "... vocabulary"]:
         """Inner products with the adapted embedding, as `nnx.Embed.attend`."""
         y = self.base.attend(query, **kwargs)
-        return self.updated(y, lambda x, a, b, scale: low_rank(x, b.T, a.T, scale), query.astype(y.dtype))
+        return self.updated(y, lambda x, a, b, scale: product(x, b.T, a.T, scale), query.astype(y.dtype))
 
     @staticmethod
     def delta(a: Array, b: Array, spec: Any) -> Array:

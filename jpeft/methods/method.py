@@ -13,6 +13,9 @@ from jpeft.errors import JpeftError, nearest
 from jpeft.variables import freeze
 from jpeft.wrapper import Wrapper
 
+# A static attribute of the adapted model: what made it, in order.
+METHODS_ATTRIBUTE = "_jpeft_methods"
+
 _M = TypeVar("_M", bound=nnx.Module)
 
 
@@ -34,8 +37,7 @@ class Method:
                 "for a Linen model, pass an NNX model instead (flax.nnx.bridge hides its submodules)"
             )
         adapted: Any = self.apply(surgery.map_variables(model, freeze), _key(rngs))
-        # A static attribute: what made this model, in order, for saving and for people.
-        adapted.peft_methods = (*applied(model), *self.recorded(model))
+        setattr(adapted, METHODS_ATTRIBUTE, (*applied(model), *self.recorded(model)))
         return adapted
 
     def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
@@ -64,7 +66,7 @@ class Method:
 
 def applied(model: nnx.Module) -> tuple[Method, ...]:
     """The methods that made this model, in order; `()` for a model that none did."""
-    return tuple(getattr(model, "peft_methods", ()))
+    return tuple(getattr(model, METHODS_ATTRIBUTE, ()))
 
 
 def refuse_second(module: Any, name: str, where: str) -> None:
@@ -77,8 +79,10 @@ def refuse_second(module: Any, name: str, where: str) -> None:
 
 def _key(rngs: nnx.Rngs | jax.Array | int) -> jax.Array:
     if isinstance(rngs, nnx.Rngs):
+        if "params" not in rngs and "default" not in rngs:
+            raise JpeftError(f"rngs={rngs!r} has no stream for parameters: give nnx.Rngs(0) or nnx.Rngs(params=0)")
         return rngs.params()
-    if isinstance(rngs, int):
+    if isinstance(rngs, int) and not isinstance(rngs, bool):
         return jax.random.key(rngs)
     if isinstance(rngs, jax.Array) and jax.dtypes.issubdtype(rngs.dtype, jax.dtypes.prng_key):
         return rngs

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jpeft
 from jpeft.methods import from_dict
@@ -41,6 +42,11 @@ def stacked() -> Any:
         ({"rank_pattern": {"up": 1.5}}, r"rank_pattern\['up'\]=1.5"),
         ({"alpha_pattern": {"up": math.inf}}, "up=inf is not a finite number"),
         ({"targets": 3}, "3 is no target"),
+        ({"targets": {"up": 4}}, "is no target"),
+        ({"rank_pattern": ["up"]}, "is no mapping"),
+        ({"rank_pattern": {1: 4}}, "is no mapping"),
+        ({"alpha_pattern": {"up": None}}, "up=None is not a finite number"),
+        ({"name": "_base"}, "name='_base'"),
     ],
 )
 def test_bad_configurations(config: dict[str, Any], message: str) -> None:
@@ -182,6 +188,16 @@ def test_an_adapted_embedding_serves_look_up_and_tied_head() -> None:
 
 def test_layers_that_cannot_be_adapted_say_so() -> None:
     batched = nnx.LinearGeneral(4, 5, batch_axis={0: 2}, rngs=nnx.Rngs(0))
+    masked = nnx.Conv(4, 4, (3,), mask=jnp.ones((3, 4, 4)), rngs=nnx.Rngs(0))
+    with pytest.raises(jpeft.JpeftError, match="a convolution with a mask"):
+        jpeft.LoRA(rank=2, targets=nnx.Conv)(masked, rngs=nnx.Rngs(0))
+    overridden = jpeft.LoRA(rank=2)(nnx.Einsum("ab,bc->ac", (4, 5), rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    with pytest.raises(jpeft.JpeftError, match="is called as"):
+        overridden(jnp.ones((2, 4)), "ab,bc->ca")
+    with pytest.raises(jpeft.JpeftError, match="'inner/up'"):
+        jpeft.LoRA(rank=2)(
+            nnx.Dict(inner=nnx.Dict(up=nnx.LinearGeneral(4, 5, batch_axis={0: 2}, rngs=nnx.Rngs(0)))), rngs=0
+        )
     with pytest.raises(jpeft.JpeftError, match="batch_axis"):
         jpeft.LoRA(rank=2)(batched, rngs=nnx.Rngs(0))
     grouped = nnx.Conv(6, 6, (3,), feature_group_count=3, rngs=nnx.Rngs(0))
@@ -208,3 +224,54 @@ def test_the_sum_of_two_adapters_merges_to_the_sum(stacked: Any) -> None:
     by_hand = kernel + sum(values[f"layers/up/{n}/a"] @ values[f"layers/up/{n}/b"] for n in ("lora", "second"))
     merged = jpeft.merge(jpeft.combine(parts.graphdef, values, parts.buffers, parts.frozen))
     assert zoo.relative(merged.layers.layer.up.kernel[...], by_hand) < 1e-6
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    plain = jpeft.LoRA(rank=4, alpha=2.0, layers=[1, 2], rank_pattern={"up": 3})
+    numpy = jpeft.LoRA(
+        rank=np.int64(4), alpha=np.float32(2), layers=(np.int32(i) for i in (1, 2)), rank_pattern={"up": np.int8(3)}
+    )
+    assert plain == numpy
+    assert json.dumps(numpy.to_dict()) == json.dumps(plain.to_dict())
+
+
+def test_every_target_of_rank_zero_is_refused(stacked: Any) -> None:
+    with pytest.raises(jpeft.JpeftError, match="gives every target rank 0"):
+        jpeft.LoRA(targets="up", rank_pattern={"up": 0})(stacked, rngs=0)
+
+
+def test_an_embedding_of_one_row() -> None:
+    base = nnx.Embed(1, 4, rngs=nnx.Rngs(0))
+    adapted = jpeft.LoRA(rank=2, targets=nnx.Embed)(base, rngs=0)
+    assert jnp.array_equal(adapted(jnp.array([0, 5])), base(jnp.array([0, 5])))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_meshes_of_every_kind(kind: Any, tmp_path: Any) -> None:
+    """Data parallel over 8 devices: jit over automatic and explicit axes, and shard_map, as on one device."""
+    base = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    parts = jpeft.partition(jpeft.LoRA(rank=2)(base, rngs=0))
+    adapter, x = zoo.trained(parts), jax.random.normal(jax.random.key(0), (8, 3, 8))
+
+    def loss(adapter: Any, frozen: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(jpeft.combine(parts.graphdef, adapter, parts.buffers, frozen)(x) ** 2)
+
+    expected = jax.grad(loss)(adapter, parts.frozen, x)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        whole = NamedSharding(mesh, PartitionSpec())
+        a, frozen = jax.device_put((adapter, parts.frozen), whole)
+        rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        found = jax.jit(jax.grad(loss))(a, frozen, rows)
+        assert max(zoo.relative(found[k], expected[k]) for k in expected) < 1e-5
+        saved = jpeft.combine(parts.graphdef, a, jax.device_put(parts.buffers, whole), frozen)
+        jpeft.save_adapter(tmp_path / "a", saved)
+
+        def local(adapter: Any, frozen: Any, x: jax.Array) -> Any:
+            return jax.lax.pmean(jax.grad(loss)(jax.lax.pcast(adapter, "data", to="varying"), frozen, x), "data")
+
+        mapped = jax.shard_map(
+            local, in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec()
+        )
+        found = jax.jit(mapped)(a, frozen, rows)
+        assert max(zoo.relative(found[k], expected[k]) for k in expected) < 1e-5
