@@ -36,7 +36,7 @@ def compile_step(depth: int, *, stacked: bool) -> tuple[float, int]:
 
     def make() -> Any:
         config = {**LLAMA, "num_hidden_layers": depth}
-        model = jpeft.models.from_config(config, remat=stacked, rngs=nnx.Rngs(0))
+        model = jpeft.models.from_config(config, task="causal-lm", remat=stacked, rngs=nnx.Rngs(0))
         if not stacked:
             model.layers = model.layers.unstack()
         return jpeft.LoRA(rank=8)(model, rngs=nnx.Rngs(0))

@@ -77,9 +77,14 @@ class Stack(nnx.Module):
         state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         return cls(nnx.merge(graphdefs[0], state), len(layers), remat=remat)
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all wrappers in the layers cover all layers."""
+        return all(wrapper.layers is None for _, wrapper in _wrappers(self.layer))
+
     def unstack(self) -> nnx.List:
         """The same layers as a plain `nnx.List` (copies; for models that want to treat layers one by one)."""
-        if any(wrapper.layers is not None for _, wrapper in _wrappers(self.layer)):
+        if not self.uniform:
             raise JpeftError("unstack: some wrappers cover only a part of the layers; unstack the base and adapt it")
         graphdef, stacked, shared = _split(self.layer)
         return nnx.List(
