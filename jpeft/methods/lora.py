@@ -48,6 +48,8 @@ class LoRA(Method):
     init: how A starts: "kaiming" (uniform, as in the paper's code) or "gaussian" (standard deviation 1 / rank).
     dtype: of A and B; they are cast to the base's output dtype where they are used.
     name: under which the variables are keyed: `<module path>/<name>/a` and `/b`.
+
+    Its gradients are written for reverse mode (`jax.grad`, also of a gradient); `jax.jvp` through it raises TypeError.
     """
 
     kind: ClassVar[str] = "lora"

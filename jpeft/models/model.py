@@ -97,15 +97,19 @@ def check_tokens(name: str, ids: Any, like: Any = None) -> None:
     if getattr(ids, "ndim", None) != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         found = f"{getattr(ids, 'dtype', type(ids).__name__)}{list(getattr(ids, 'shape', ()))}"
         raise JpeftError(f"{name}: expected an integer array [batch, tokens], found {found}")
+    if 0 in ids.shape:
+        raise JpeftError(f"{name}: expected at least one row and one token, found {list(ids.shape)}")
     if like is not None and ids.shape != like.shape:
         raise JpeftError(f"{name}: expected the shape of the tokens, {list(like.shape)}, found {list(ids.shape)}")
 
 
 def check_mask(name: str, mask: Any, like: Any) -> None:
-    """Refuses what is not None or an array [B, T] of the shape of `like`."""
+    """Refuses what is not None or an array [B, T] of ones and zeros of the shape of `like`."""
     if mask is not None and getattr(mask, "shape", None) != like.shape:
         found = list(getattr(mask, "shape", ()))
         raise JpeftError(f"{name}: expected the shape of the tokens, {list(like.shape)}, found {found}")
+    if mask is not None and not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+        raise JpeftError(f"{name}: expected 1 at tokens and 0 at padding, as integers or booleans, found {mask.dtype}")
 
 
 def last_token(hidden: jax.Array, input_ids: jax.Array, mask: jax.Array | None, pad_token_id: int | None) -> jax.Array:
