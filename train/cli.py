@@ -5,6 +5,7 @@ JAX and everything that brings it are imported inside the commands, so that help
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,9 +50,14 @@ def train(
 
     Example: jpeft train configs/quickstart.yaml training.learning_rate=1e-3 method.rank=16
     """
-    from train.run import train as run
+    try:
+        from train.run import train as run
 
-    run(config, overrides or [])
+        run(config, overrides or [])
+    except KeyboardInterrupt:
+        # Caught here: typer would end the program without a word.
+        typer.echo("\nstopped before the end: no adapter was saved", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -96,6 +102,9 @@ def merge(
 
 def main() -> None:
     """Runs the command line; what the user can mend is one message on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows fewer letters shows a mark for the others
     try:
         app()
     except ValueError as error:
@@ -103,6 +112,3 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        sys.exit(130)

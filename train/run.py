@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +29,8 @@ from train.examples import Reader
 from train.schema import Config
 from train.step import make_step, optimizer
 
+PREVIOUS = "previous"  # where in its folder a finished run goes when another takes its place
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -46,8 +50,10 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     """
     display = display or Display()
     started = time.monotonic()
-    config = configs.load(path, overrides)
+    config = session.located(configs.load(path, overrides))
     session.check_sources(config)
+    folder = Path(config.output.folder)
+    _check_place(folder)
     train_rows, test_rows = task_data.read_rows(config.data)
     labels = task_data.labels_of(config.data, train_rows)
     for rows in (train_rows, test_rows):
@@ -55,7 +61,6 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"labels": list(labels)})} if labels else {}
     )
-    folder = Path(config.output.folder)
     _check_folder(folder, config)
     session.keep_compiled()
 
@@ -76,8 +81,9 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     for name, counts in task.counts.items():
         for what, count in counts.items():
             display.say(f"warning   {name}: {count} {what}")
+    loop = Loop(config, model, task, Reader(tokenizer, limit, types=types), folder, display, started)
     _open_folder(folder, config)
-    return Loop(config, model, task, Reader(tokenizer, limit, types=types), folder, display, started).run()
+    return loop.run()
 
 
 class Loop:
@@ -127,8 +133,9 @@ class Loop:
             before = self._evaluate(0, log, "before", answers=True)
             losses = self._train([window for plan in plans for window in plan][: self.steps], log)
             after = self._evaluate(self.steps, log, "after", answers=True)
+        self._check_result(after)
         model = jpeft.combine(self.graphdef, self.adapter, self.buffers, self.frozen)
-        jpeft.save_adapter(self.folder / session.ADAPTER, model, overwrite=True)
+        jpeft.save_adapter(self.folder / session.ADAPTER, model)
         self._report(before, after)
         return Result(self.folder, before, after, losses)
 
@@ -185,6 +192,15 @@ class Loop:
             f"training.learning_rate (now {self.config.training.learning_rate:g}) usually helps"
         )
 
+    def _check_result(self, after: Score) -> None:
+        broken = [name for name, array in self.adapter.items() if not bool(jnp.all(jnp.isfinite(array)))]
+        broken += [name for name, value in after.metrics.items() if not math.isfinite(value)]
+        if broken:
+            raise JpeftError(
+                f"after step {self.steps}, {', '.join(broken[:4])} is not finite any more, so nothing was saved. A "
+                f"smaller training.learning_rate (now {self.config.training.learning_rate:g}) usually helps"
+            )
+
     def _evaluate(self, step: int, log: TextIO, name: str, *, answers: bool) -> Score:
         begun = time.monotonic()
         score = self.evaluator(self.adapter, answers=answers)
@@ -206,11 +222,20 @@ class Loop:
         where, command = shlex.quote(str(self.folder)), _command()
         self.display.say(
             f"\nThe adapter is in {self.folder / session.ADAPTER}, every step in {self.folder / session.METRICS}.\n"
-            f"  try it     {command} generate {where} --prompt {shlex.quote(self._example())}\n"
+            f"{self._try_it(command, where)}"
             f"  merge it   {command} merge {where} {shlex.quote(str(self.folder) + '-merged')}\n"
             f"  in Python  base = {session.load_call(self.config)}\n"
             f"             model = jpeft.load_adapter({str(self.folder / session.ADAPTER)!r}, base)"
         )
+
+    def _try_it(self, command: str, where: str) -> str:
+        """The line that asks the run something, if one prompt is all it needs."""
+        data, example = self.config.data, self._example()
+        if data.text_pair is not None or not example.strip():
+            return ""
+        several = data.prompt is not None and len(task_data.Template(data.prompt, "prompt").columns) > 1
+        raw = " --raw" if several else ""
+        return f"  try it     {command} generate {where}{raw} --prompt {shlex.quote(example)}\n"
 
     def _texts(self) -> list[str]:
         """The text of each held-out example of a classification."""
@@ -261,28 +286,46 @@ def _methods(config: Config) -> str:
     )
 
 
+def _check_place(folder: Path) -> None:
+    """Refuses an output folder that could never be written, before anything is loaded."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise JpeftError(f"output.folder: {folder} is a file")
+        above = next(place for place in (folder, *folder.parents) if place.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise JpeftError(f"output.folder: {folder} cannot be written: {above} is no folder or read-only")
+    except OSError as error:
+        raise JpeftError(f"output.folder: {folder} cannot be used: {error.strerror or error}") from None
+
+
 def _check_folder(folder: Path, config: Config) -> None:
-    """Refuses a folder that holds a run of another configuration, or something that is no run."""
-    if config.output.overwrite or not folder.exists():
+    """Refuses a folder that holds a finished run of another configuration, or something that is no run."""
+    if not folder.exists() or not any(folder.iterdir()):
         return
-    if not folder.is_dir():
-        raise JpeftError(f"output.folder: {folder} is a file")
-    if not (folder / session.CONFIG).exists():
-        if any(folder.iterdir()):
-            raise JpeftError(f"output.folder: {folder} holds other files; give an empty or new folder")
-        return
+    if not ((folder / session.CONFIG).is_file() and (folder / session.METRICS).is_file()):
+        raise JpeftError(f"output.folder: {folder} holds other files and no run; give an empty or new folder")
+    if config.output.overwrite or not (folder / session.ADAPTER).exists():
+        return  # an unfinished run has nothing to lose
     changed = configs.difference(configs.load(folder / session.CONFIG), config)
     if changed:
         listed = "\n".join(f"  {line}" for line in changed)
         raise JpeftError(
             f"output.folder: {folder} holds a run of another configuration:\n{listed}\n"
-            "give another folder, or output.overwrite=true to replace it"
+            f"give another folder, or output.overwrite=true to move it to {folder / PREVIOUS}"
         )
 
 
 def _open_folder(folder: Path, config: Config) -> None:
+    """Makes the folder of the run. A finished run that stands there moves aside whole, so its parts are never mixed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / session.ADAPTER).exists():
+            previous = folder / PREVIOUS
+            shutil.rmtree(previous, ignore_errors=True)
+            previous.mkdir()
+            for name in (session.ADAPTER, session.METRICS, session.CONFIG):
+                if (folder / name).exists():
+                    (folder / name).rename(previous / name)
         configs.save(config, folder / session.CONFIG)
     except OSError as error:
         raise JpeftError(f"output.folder: {folder} cannot be written: {error.strerror or error}") from None

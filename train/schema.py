@@ -67,7 +67,9 @@ class DataConfig(Section):
     max_length: Positive = Field(512, description="tokens per row; longer rows are cut (and counted)")
     limit: Positive | None = Field(None, description="train on this many rows only")
     test_limit: Positive | None = Field(None, description="evaluate on this many held-out rows only")
-    seed: Count = Field(0, description="chooses the held-out rows and those kept by limit")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="chooses the held-out rows and those kept by limit"
+    )
 
 
 class TrainingConfig(Section):
@@ -85,7 +87,7 @@ class TrainingConfig(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps in which the rate rises")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay (AdamW)")
     clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global norm of the gradient")
-    seed: Count = Field(0, description="initial values, order of rows, dropout")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="initial values, order of rows, dropout")
 
 
 class EvaluationConfig(Section):

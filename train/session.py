@@ -43,6 +43,23 @@ def check_sources(config: Config) -> None:
             raise JpeftError(f"model.{key}: {source} does not exist (a hub id would be owner/name)")
 
 
+def located(config: Config) -> Config:
+    """`config` with its local paths made absolute, so that the run can be used from anywhere."""
+    model = {}
+    for key in ("source", "tokenizer"):
+        value = getattr(config.model, key)
+        if value is not None and not value.startswith(packages.PREFIX):
+            path = Path(value).expanduser()
+            model[key] = str(path.absolute()) if path.exists() else value
+    output = {"folder": str(Path(config.output.folder).expanduser())}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "output": config.output.model_copy(update=output),
+        }
+    )
+
+
 def base_model(config: Config) -> Any:
     """The pretrained model, with a new head of the run's seed where the checkpoint has none."""
     source, settings = _load_arguments(config)
@@ -118,7 +135,8 @@ def open_run(folder: Path, *, adapted: bool = True) -> Run:
     home = next((place for place in (folder, folder.parent) if (place / CONFIG).is_file()), None)
     if home is None:
         raise JpeftError(f"{folder}: no run here ({CONFIG} is missing); give the output.folder of a jpeft train")
-    config = configs.load(home / CONFIG)
+    config = located(configs.load(home / CONFIG))
+    check_sources(config)
     if not (home / ADAPTER).exists():
         raise JpeftError(f"{home}: the run has no adapter yet; it was not finished")
     model = base_model(config)

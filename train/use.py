@@ -33,8 +33,11 @@ def generate(
     raw: the prompt is not put into the run's template. adapted: with the adapter. Raises JpeftError for an empty prompt
     and for a template that needs more than one column.
     """
-    if any(not prompt.strip() for prompt in prompts):
-        raise JpeftError("--prompt: the prompt is empty")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise JpeftError("--prompt: the prompt is empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes that the shell passed on and are no text
+            raise JpeftError(f"--prompt: {prompt!r} is not UTF-8 text")
     keep_compiled()
     run = open_run(folder, adapted=adapted)
     if run.form == "classification":
@@ -72,6 +75,7 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
 
     Raises JpeftError if the method cannot be merged or `target` holds files already.
     """
+    target = target.expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise JpeftError(f"{target}: exists and is not an empty folder; give a new one")
     run = open_run(folder)

@@ -301,3 +301,82 @@ def test_progress_in_a_terminal() -> None:
     with Display(console).progress(2) as meter:
         meter.update(1, 2.0, 10.0, 1.0)
         meter.update(2, 2.0, 10.0, 0.0)
+
+
+def test_a_run_that_takes_the_place_of_another_is_never_mixed_with_it(
+    bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "run"
+    path = config_file(classifier(bert, rows, folder))
+    short = ["training.max_steps=1", "evaluation.samples=0"]
+    train(path, short, quiet())
+    said = list(use.generate(folder, ["the red is"]))
+
+    # The second run fails: its labels stand in the configuration, and no adapter beside them.
+    broken = ["training.learning_rate=1e38", "training.warmup=0", "data.labels=[red, green, blue]"]
+    with pytest.raises(JpeftError, match="not a number|not finite"):
+        train(path, [*short, *broken, "output.overwrite=true"], quiet())
+    with pytest.raises(JpeftError, match="no adapter yet"):
+        list(use.generate(folder, ["the red is"]))
+    assert list(use.generate(folder / "previous", ["the red is"])) == said
+
+    # What never finished has nothing to lose, so a mended configuration may go on there.
+    train(path, [*short, "data.labels=[red, green, blue]"], quiet())
+    assert configs.load(folder / session.CONFIG).data.labels == ["red", "green", "blue"]
+
+
+def test_a_result_that_is_not_finite_is_not_saved(
+    llama: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "run"
+    path = config_file(language(llama, rows, folder, "text: text"))
+    overrides = ["training.max_steps=1", "training.learning_rate=1e38", "training.warmup=0", "training.accumulation=1"]
+    with pytest.raises(JpeftError, match="not finite any more, so nothing was saved"):
+        train(path, overrides, quiet())
+    assert not (folder / session.ADAPTER).exists()
+
+
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_files_that_are_no_run_are_left_alone(
+    bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path], overwrite: str
+) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    mine = folder / session.CONFIG
+    mine.write_text(classifier(bert, rows, folder) + "# my own words\n")
+    with pytest.raises(JpeftError, match="holds other files and no run"):
+        train(mine, [f"output.overwrite={overwrite}"], quiet())
+    assert mine.read_text().endswith("# my own words\n")
+    for place, said in (
+        (rows, "is a file"),
+        (rows / "below", "cannot be (used|written)"),
+        ("x" * 300, "cannot be used"),
+    ):
+        with pytest.raises(JpeftError, match=f"output.folder: .*{said}"):
+            train(config_file(classifier(bert, rows, Path(place))), display=quiet())
+
+
+def test_a_run_is_used_from_anywhere(
+    bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bert.parent)
+    path = config_file(
+        classifier(Path(bert.name), rows, tmp_path / "run").replace(f"source: {bert.name}", f"source: ./{bert.name}")
+    )
+    train(path, ["training.max_steps=1", "evaluation.samples=0"], quiet())
+    monkeypatch.chdir(tmp_path)
+    assert list(use.generate(tmp_path / "run", ["the red is"]))
+    with pytest.raises(JpeftError, match="is not UTF-8 text"):
+        list(use.generate(tmp_path / "run", ["\udcff"]))
+
+
+def test_an_interrupt_says_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import train.run
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.run, "train", interrupted)
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml")])
+    assert result.exit_code == 130
+    assert "no adapter was saved" in result.output
