@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,11 +59,19 @@ class Template:
     def __init__(self, given: str, key: str):
         self._given = given
         try:
-            names = [name for _, name, _, _ in string.Formatter().parse(given) if name is not None]
+            fields = [field for field in string.Formatter().parse(given) if field[1] is not None]
         except ValueError as error:
             raise JpeftError(
                 f"data.{key}: {given!r} is no template: {error}; a brace itself is written twice"
             ) from None
+        names = [str(name) for _, name, _, _ in fields]
+        for _, name, form, conversion in fields:
+            if form or conversion:
+                extra = (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+                raise JpeftError(
+                    f"data.{key}: {given!r}: {{{name}{extra}}} asks for formatting, but columns are written as they "
+                    f"are; write {{{name}}}"
+                )
         bad = [name for name in names if not name.isidentifier()]
         if bad:
             raise JpeftError(f"data.{key}: {given!r}: {{{bad[0]}}} is no column name; a brace itself is written twice")
@@ -87,7 +96,26 @@ def read_rows(data: DataConfig) -> tuple[Rows, Rows]:
     train, test = sources.load(data)
     for rows in (train, test):
         rows.require(_columns(data))
+        _check_kinds(data, rows)
     return train, test
+
+
+def _check_kinds(data: DataConfig, rows: Rows) -> None:
+    """Raises JpeftError for columns of lists, objects or bytes where text, a number or a label is needed."""
+    import datasets
+
+    for column in _columns(data):
+        feature = rows.dataset.features[column]
+        binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
+        if column == data.messages or (isinstance(feature, datasets.Value | datasets.ClassLabel) and not binary):
+            continue
+        plain = rows.dataset.with_format(None)[column]
+        at, value = next(((i, v) for i, v in enumerate(plain) if v is not None), (0, None))
+        key = next(key for key, columns in _columns_by_key(data).items() if column in columns)
+        raise JpeftError(
+            f"{rows.place(at)}: column {column!r}, which data.{key} uses, holds {sources.kind_of(value)}, not "
+            "text; make it text in the file, or name another column"
+        )
 
 
 def labels_of(data: DataConfig, train: Rows) -> tuple[str, ...]:
@@ -102,15 +130,22 @@ def labels_of(data: DataConfig, train: Rows) -> tuple[str, ...]:
     names = getattr(train.dataset.features[data.label], "names", None)
     if names:
         return tuple(names)
-    found = {value for value in train.dataset[data.label] if value is not None}
+    found = {value for value in train.dataset[data.label] if not _missing(value)}
     if len(found) < 2:
         raise JpeftError(
             f"{train.name}: column {data.label!r} has {len(found)} different labels in the training rows; 2 needed"
         )
     if len(found) > 1000:
         raise JpeftError(f"{train.name}: column {data.label!r} has {len(found)} different values; is it the label?")
-    numbers = all(isinstance(value, int | float) for value in found)
-    return tuple(str(value) for value in (sorted(found) if numbers else sorted(found, key=str)))
+    if all(isinstance(value, int | float) for value in found):
+        return tuple(str(value) for value in sorted(found))
+    names = sorted(map(str, found))
+    whole = all(re.fullmatch("-?[0-9]{1,9}", name) for name in names)  # as text files write the numbers of classes
+    return tuple(sorted(names, key=int) if whole else names)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def check_rows(data: DataConfig, rows: Rows, labels: Sequence[str]) -> None:
@@ -137,12 +172,16 @@ def _class_numbers(data: DataConfig, rows: Rows, labels: Sequence[str]) -> Calla
     names = getattr(rows.dataset.features[str(data.label)], "names", None)
 
     def number(value: Any, index: int) -> int:
-        name = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else str(value)
-        if value is None or name not in classes:
-            near = f"; nearest: {', '.join(nearest(name, classes, 3))}" if value is not None else ""
+        if _missing(value):
             raise JpeftError(
-                f"{rows.place(index)}: unknown label {name!r}; the labels are {', '.join(classes)}{near} "
-                "(data.labels sets them)"
+                f"{rows.place(index)}: the label is missing: column {data.label!r} is empty; fill it, or leave the "
+                "row out"
+            )
+        name = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else str(value)
+        if name not in classes:
+            raise JpeftError(
+                f"{rows.place(index)}: unknown label {name!r}; the labels are {', '.join(classes)}; nearest: "
+                f"{', '.join(nearest(name, classes, 3))} (data.labels sets them)"
             )
         return classes[name]
 
@@ -173,10 +212,15 @@ def prepare(
     )
 
 
-def _columns(data: DataConfig) -> list[str]:
+def _columns_by_key(data: DataConfig) -> dict[str, tuple[str, ...]]:
     if form_of(data) == "completion":
-        return [c for key in ("prompt", "completion") for c in Template(str(getattr(data, key)), key).columns]
-    return [c for c in (data.text, data.text_pair, data.label, data.messages) if c is not None]
+        return {key: Template(str(getattr(data, key)), key).columns for key in ("prompt", "completion")}
+    keys = ("text", "text_pair", "label", "messages")
+    return {key: (getattr(data, key),) for key in keys if getattr(data, key) is not None}
+
+
+def _columns(data: DataConfig) -> list[str]:
+    return list(dict.fromkeys(column for columns in _columns_by_key(data).values() for column in columns))
 
 
 def _row_reader(
@@ -191,14 +235,18 @@ def _row_reader(
         return lambda row, index: reader.completion(prompt(row), completion(row), index)
     text, label, text_pair = str(data.text), str(data.label), data.text_pair
     if form == "text":
-        return lambda row, index: reader.text(str(row[text] or ""), index)
+        return lambda row, index: reader.text(_text(row[text]), index)
     number = _class_numbers(data, rows, labels)
 
     def classified(row: dict[str, Any], index: int) -> list[Example]:
-        pair = None if text_pair is None else str(row[text_pair] or "")
-        return reader.classification(str(row[text] or ""), pair, number(row[label], index), index)
+        pair = None if text_pair is None else _text(row[text_pair])
+        return reader.classification(_text(row[text]), pair, number(row[label], index), index)
 
     return classified
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def _answers(data: DataConfig, train: Rows, test: Rows) -> tuple[list[str], list[str], tuple[str, ...]]:

@@ -103,6 +103,7 @@ class Reader:
             targets[0] = False  # nothing comes before it that could predict it
             if targets.any():
                 made.append(Example(np.asarray(piece, np.int32), targets, row))
+        self.counts["rows of a single token, which nothing comes before, left out"] += not made
         return made
 
     def completion(self, prompt: str, completion: str, row: int) -> list[Example]:
@@ -126,6 +127,10 @@ class Reader:
             self.counts["rows longer than data.max_length, cut at the start of the prompt"] += 1
             ids, start = ids[:first] + ids[first + surplus :], start - surplus
         targets = np.arange(len(ids)) >= max(start, 1)
+        if not targets.any():
+            self.counts["rows with neither prompt nor completion, left out"] += 1
+            return []
+        self.counts["rows with an empty completion, of which only the end is learnt"] += not completion
         return [Example(np.asarray(ids, np.int32), targets, row)]
 
     def chat(self, messages: Any, row: int, place: Callable[[], str]) -> list[Example]:
@@ -134,7 +139,7 @@ class Reader:
         Raises JpeftError naming `place()` when the messages or the template do not allow it.
         """
         check_messages(messages, place)
-        text = self._render(messages)
+        text = self._render(messages, place)
         regions = self._assistant_regions(messages, text, place)
         ids, spans = self.encode(text, bos=False)
         if self.bos is not None and ids[:2] == [self.bos, self.bos]:
@@ -166,7 +171,13 @@ class Reader:
             Example(ids, np.zeros(len(ids), bool), row, label, None if types is None else np.asarray(types, np.int32))
         ]
 
-    def _render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        place: Callable[[], str] = lambda: "a short conversation",
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise JpeftError("the tokenizer has no chat template; train with data.prompt and data.completion instead")
         try:
@@ -175,6 +186,11 @@ class Reader:
             )
         except ImportError as error:
             raise JpeftError(f"chat templates need jinja2 (pip install jinja2): {error}") from error
+        except Exception as error:  # templates refuse messages with errors of their own, and fail with Python's
+            raise JpeftError(
+                f"{place()}: the tokenizer's chat template does not take these messages "
+                f"({', '.join(str(message['role']) for message in messages)}): {str(error) or type(error).__name__}"
+            ) from error
         return rendered
 
     @functools.cached_property
@@ -205,7 +221,7 @@ class Reader:
             marked.append({**message, "content": content})
         regions: dict[int, list[int]] = {}
         built, at = "", 0
-        template = self._render(marked)
+        template = self._render(marked, place)
         for found in _MARK.finditer(template):
             built += template[at : found.start()]
             index = int(found[1])

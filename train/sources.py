@@ -1,15 +1,19 @@
-"""Rows from files, the hub or packages, through `datasets`, each of which can say where it came from.
+"""Rows from files, the hub or packages as a `datasets.Dataset`, each of which can say where it came from.
 
-What is wrong with a file is said with the file's name and line: `datasets` alone reports a parser's offset.
+Text files are read here, not by `datasets`: text stays as it is written (`007`, `1.50`, `2024-01-01`), and what is
+wrong with a file is said with its name and line.
 """
 
 from __future__ import annotations
 
+import bisect
 import codecs
+import contextlib
 import csv
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from jpeft.errors import JpeftError, nearest
 from train import packages
 from train.schema import DataConfig
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,11 @@ class Rows:
 
 
 def load(data: DataConfig) -> tuple[Rows, Rows]:
-    """(training rows, held-out rows), disjoint, chosen by `data.seed`; the held-out rows do not depend on `limit`."""
+    """(training rows, held-out rows), disjoint, chosen by `data.seed`; the held-out rows do not depend on `limit`.
+
+    Raises JpeftError for keys that `data.source` has no use for and for held-out rows that are those to train on.
+    """
+    _check_keys(data)
     train = read(data.source, data.subset, data.split)
     generator = np.random.Generator(np.random.PCG64([data.seed, len(train)]))
     order = generator.permutation(len(train))
@@ -71,6 +79,58 @@ def load(data: DataConfig) -> tuple[Rows, Rows]:
     return train, test
 
 
+def _on_hub(source: str) -> bool:
+    """Whether `source` names a data set of the hub, not a file or a package."""
+    path = Path(source)
+    return not (source.startswith(packages.PREFIX) or path.suffix in _FORMATS or path.exists())
+
+
+def _check_keys(data: DataConfig) -> None:
+    """Raises JpeftError for keys that would be ignored and for held-out rows that are those to train on."""
+    hub = _on_hub(data.source)
+    test_hub = hub if data.test_source is None else _on_hub(data.test_source)
+    mend = (
+        "a file or package has no splits: give the held-out rows with data.test_source, or how many to hold out with "
+        "data.test_size"
+    )
+    if data.split != "train" and not hub:
+        raise JpeftError(f"data.split: {data.split!r} is for data sets of the hub, {data.source} is none; {mend}")
+    if data.test_split is not None and not test_hub:
+        named = data.source if data.test_source is None else data.test_source
+        raise JpeftError(f"data.test_split: {data.test_split!r} is for data sets of the hub, {named} is none; {mend}")
+    if data.subset is not None and not (hub or test_hub):
+        raise JpeftError(
+            f"data.subset: {data.subset!r} is for data sets of the hub, {data.source} is none; leave it out"
+        )
+    if data.test_source is not None and _same(data.source, data.test_source):
+        if not hub:
+            raise JpeftError(
+                f"data.test_source: {data.test_source} is data.source, so the held-out rows would be those to train "
+                "on; give another file, or leave test_source out and say how many rows to hold out with data.test_size"
+            )
+        if data.test_split is None:
+            raise JpeftError(
+                f"data.test_source: {data.test_source} is data.source; name the held-out split with data.test_split"
+            )
+    if hub and data.test_split == data.split and (data.test_source is None or _same(data.source, data.test_source)):
+        raise JpeftError(
+            f"data.test_split: {data.test_split!r} is data.split, so the held-out rows would be those to train on; "
+            "name another split, or leave it out and say how many rows to hold out with data.test_size"
+        )
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two sources are the same rows, by whatever path."""
+
+    def real(source: str) -> str:
+        if source.removeprefix(packages.PREFIX) in packages.DATASETS:
+            return source
+        source = packages.resolve(source)
+        return source if _on_hub(source) else str(Path(source).resolve())
+
+    return one == other or real(one) == real(other)
+
+
 def read(source: str, subset: str | None = None, split: str = "train") -> Rows:
     """All rows of a file, a packaged data set, or a split on the hub.
 
@@ -85,49 +145,210 @@ def read(source: str, subset: str | None = None, split: str = "train") -> Rows:
             path, numbers, rows = known
             return Rows(datasets.Dataset.from_list(rows), lambda i: f"{path}, line {numbers[i]}", source)
         source = packages.resolve(source)
-    path = Path(source)
-    if path.suffix in _FORMATS or path.exists():
-        return _file(path)
-    return _hub(source, subset, split)
+    return _hub(source, subset, split) if _on_hub(source) else _file(Path(source))
 
 
 def _file(path: Path) -> Rows:
-    import datasets
-
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in _FORMATS)
+        found = f"; in it are {', '.join(inside[:3])}" if inside else f"; files end in {', '.join(_FORMATS)}"
+        raise JpeftError(f"{path}: a directory; give the file in it that holds the rows{found}")
     if not path.is_file():
         beside = [str(p) for p in path.parent.glob("*") if p.suffix in _FORMATS] if path.parent.is_dir() else []
         near = f"; nearest: {', '.join(nearest(str(path), beside, 3))}" if beside else ""
         raise JpeftError(f"{path}: no such file{near}")
     if path.suffix not in _FORMATS:
         raise JpeftError(f"{path}: files end in {', '.join(_FORMATS)}, which says how to read them")
-    if path.stat().st_size == 0:
-        raise JpeftError(f"{path}: the file is empty")
-    if path.suffix != ".parquet":
-        _check_utf8(path)
-    options: dict[str, Any] = {}
-    if _FORMATS[path.suffix] == "csv":
-        # Text such as "None" or "NA" is text; pandas would make it a missing value.
-        options = {"keep_default_na": False, "sep": "\t" if path.suffix == ".tsv" else ","}
     try:
-        table = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", **options)
-    except Exception as error:  # datasets raises whatever its parsers do
-        raise JpeftError(_diagnosis(path) or f"{path}: cannot be read: {error.__cause__ or error}") from error
-    if len(table) == 0:
+        if path.stat().st_size == 0:
+            raise JpeftError(f"{path}: the file is empty")
+        rows = _parquet(path) if path.suffix == ".parquet" else _text_file(path)
+    except OSError as error:
+        raise JpeftError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(rows) == 0:
         raise JpeftError(f"{path}: the file has no rows")
-    return Rows(table, lambda index: _line(path, index), str(path))
+    return rows
+
+
+def _parquet(path: Path) -> Rows:
+    import datasets
+
+    try:
+        with _quiet():
+            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    except Exception as error:  # datasets raises whatever its parsers do
+        raise JpeftError(f"{path}: cannot be read: {error.__cause__ or error}") from error
+    return Rows(table, lambda index: f"{path}, row {index}", str(path))
+
+
+def _text_file(path: Path) -> Rows:
+    import datasets
+    import pyarrow as pa
+
+    _check_utf8(path)
+    if path.suffix in (".csv", ".tsv"):
+        columns, lines = _separated(path)
+        typed = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+    else:
+        numbered = list(_json_rows(path))
+        lines = [number for number, _ in numbered]
+        names = dict.fromkeys(name for _, row in numbered for name in row)
+        typed = {name: _typed(path, name, lines, [row.get(name) for _, row in numbered]) for name in names}
+        if numbered and not typed:
+            raise JpeftError(f"{path}, line {lines[0]}: the rows have no columns")
+    return Rows(datasets.Dataset(pa.table(typed)), lambda index: f"{path}, line {lines[index]}", str(path))
+
+
+def _typed(path: Path, name: str, lines: list[int], values: list[Any]) -> Any:
+    """A column of one type: a table holds no others. Raises JpeftError with the line where the type changes."""
+    import pyarrow as pa
+
+    def fault(count: int) -> Exception | None:
+        try:
+            pa.array(values[:count])
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+            return error
+        return None
+
+    if fault(len(values)) is None:
+        return pa.array(values)
+    at = bisect.bisect_left(range(1, len(values) + 1), True, key=lambda count: fault(count) is not None)
+    kind, place = kind_of(values[at]), f"{path}, line {lines[at]}: column {name!r} holds"
+    before = next(((line, kind_of(value)) for line, value in zip(lines, values, strict=True) if value is not None))
+    if kind != before[1]:
+        raise JpeftError(
+            f"{place} {kind}, but {before[1]} in line {before[0]}; write one kind in all rows, numbers among text in "
+            "quotes"
+        )
+    raise JpeftError(f"{place} {kind} that a column cannot hold beside those above: {fault(at + 1)}")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in a user's words: `text`, `a number`, `a list`."""
+    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of a file with an object a line or, if it ends in .json, one array of objects."""
+    if path.suffix == ".json":
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            for number, value in _array(path, text):
+                yield number, _object(path, number, value, "each entry")
+            return
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            if line.strip():
+                yield number, _object(path, number, _parsed(path, number, line), "each line")
+
+
+def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """(line, entry) of the one array that `text` is."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+
+    def skip(at: int) -> int:
+        found = blank.match(text, at)
+        return found.end() if found else at
+
+    _parsed(path, None, text)
+    number, counted, at = 1, 0, skip(text.index("[") + 1)
+    while text[at] != "]":
+        number, counted = number + text.count("\n", counted, at), at
+        value, at = decoder.raw_decode(text, at)
+        yield number, value
+        at = skip(at)
+        at = skip(at + 1) if text[at] == "," else at
+
+
+def _parsed(path: Path, number: int | None, text: str) -> Any:
+    """The value that `text`, which is line `number` or the whole file, is."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON; write null")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        line = error.lineno if number is None else number
+        raise JpeftError(f"{path}, line {line}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        place = path if number is None else f"{path}, line {number}"
+        raise JpeftError(f"{place}: not valid JSON: {error}") from None
+
+
+def _object(path: Path, number: int, value: Any, each: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise JpeftError(f"{path}, line {number}: {kind_of(value)}; {each} must be a JSON object")
+
+
+def _separated(path: Path) -> tuple[dict[str, list[str]], list[int]]:
+    """(columns, the line in which each row begins) of a csv or tsv file, all of it text; empty fields are ''."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+            names: list[str] = []
+            rows: list[list[str]] = []
+            lines: list[int] = []
+            begin = 1
+            try:
+                for row in reader:
+                    if row and not names:
+                        names = [name or f"column {number}" for number, name in enumerate(row, 1)]
+                        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+                        if twice is not None:
+                            raise JpeftError(f"{path}, line {begin}: column {twice!r} is given twice")
+                    elif row:
+                        if len(row) != len(names):
+                            raise JpeftError(
+                                f"{path}, line {begin}: {len(row)} fields; the header has {len(names)} (text with "
+                                "separators or line breaks in it goes between double quotes)"
+                            )
+                        rows.append(row)
+                        lines.append(begin)
+                    begin = reader.line_num + 1
+            except csv.Error as error:
+                raise JpeftError(
+                    f"{path}, line {begin}: {error}; a field that begins with a double quote ends with one, and one "
+                    "inside it is written twice"
+                ) from None
+    finally:
+        csv.field_size_limit(limit)
+    if not rows:
+        raise JpeftError(f"{path}: the file has no rows")
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)), lines
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps `datasets` from logging what an error of ours says in a line."""
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 def _check_utf8(path: Path) -> None:
-    """Raises JpeftError with the line of the first bytes that are not UTF-8; `datasets` reads them as something."""
+    """Raises JpeftError with the line of the first bytes that are not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+        while True:
+            chunk = file.read(1 << 20)
             try:
-                decoder.decode(chunk)
+                decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].count(b"\n")
                 raise JpeftError(f"{path}, line {line}: not UTF-8 text: {error.reason}") from None
+            if not chunk:
+                return
             line += chunk.count(b"\n")
 
 
@@ -137,7 +358,8 @@ def _hub(source: str, subset: str | None, split: str) -> Rows:
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise JpeftError(f"{source}: no such file")
     try:
-        table = datasets.load_dataset(source, subset, split=split)
+        with _quiet():
+            table = datasets.load_dataset(source, subset, split=split)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise JpeftError(
@@ -145,48 +367,3 @@ def _hub(source: str, subset: str | None, split: str) -> Rows:
             f"(subset {subset}, split {split}): {reason}"
         ) from error
     return Rows(table, lambda index: f"{source} ({split}), row {index}", source)
-
-
-def _diagnosis(path: Path) -> str | None:
-    """The first line of a json lines or csv file that is broken, and how."""
-    if path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                if not raw.strip():
-                    continue
-                try:
-                    value = json.loads(raw)
-                except json.JSONDecodeError as error:
-                    return f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}"
-                if not isinstance(value, dict):
-                    return f"{path}, line {number}: a {type(value).__name__}; each line must be a JSON object"
-    if path.suffix in (".csv", ".tsv"):
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-                header, count = next(reader, []), 0
-                for row in reader:
-                    count += bool(row)
-                    if row and len(row) != len(header):
-                        return f"{path}, line {reader.line_num}: {len(row)} fields; the header has {len(header)}"
-        except csv.Error as error:
-            return f"{path}: {error}"
-        return None if count else f"{path}: the file has no rows"
-    return None
-
-
-def _line(path: Path, index: int) -> str:
-    """Where row `index` of a file stands; read again, since it is asked for only when something is wrong."""
-    if path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            filled = (number for number, raw in enumerate(file, 1) if raw.strip())
-            return f"{path}, line {next((n for i, n in enumerate(filled) if i == index), '?')}"
-    if path.suffix in (".csv", ".tsv"):
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            next(reader, None)
-            filled_rows = (row for row in reader if row)
-            for at, _ in enumerate(filled_rows):
-                if at == index:
-                    return f"{path}, line {reader.line_num}"
-    return f"{path}, row {index}"

