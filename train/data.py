@@ -240,6 +240,7 @@ def _row_reader(
 
     def classified(row: dict[str, Any], index: int) -> list[Example]:
         pair = None if text_pair is None else _text(row[text_pair])
+        reader.counts["rows without the second text, used with the first alone"] += pair == ""
         return reader.classification(_text(row[text]), pair, number(row[label], index), index)
 
     return classified

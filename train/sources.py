@@ -24,6 +24,7 @@ from train import packages
 from train.schema import DataConfig
 
 _FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +113,13 @@ def _check_keys(data: DataConfig) -> None:
             raise JpeftError(
                 f"data.test_source: {data.test_source} is data.source; name the held-out split with data.test_split"
             )
-    if hub and data.test_split == data.split and (data.test_source is None or _same(data.source, data.test_source)):
+    if not hub or data.test_split is None or not (data.test_source is None or data.test_source == data.source):
+        return
+    (base, *part), (test_base, *test_part) = data.split.split("[", 1), data.test_split.split("[", 1)
+    if base == test_base and (part == test_part or not part or not test_part):
         raise JpeftError(
-            f"data.test_split: {data.test_split!r} is data.split, so the held-out rows would be those to train on; "
-            "name another split, or leave it out and say how many rows to hold out with data.test_size"
+            f"data.test_split: {data.test_split!r} has rows of data.split ({data.split}), so held-out rows would be "
+            "rows to train on; name another split, or leave it out and hold rows out with data.test_size"
         )
 
 
@@ -272,7 +276,10 @@ def _parsed(path: Path, number: int | None, text: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         line = error.lineno if number is None else number
-        raise JpeftError(f"{path}, line {line}: not valid JSON: {error.msg} at column {error.colno}") from None
+        # An object over several lines is no row: its first line is no JSON by itself.
+        array = path.suffix == ".json" and number is not None
+        form = "; the file is to be one array of objects, or to have a whole object on each line" if array else ""
+        raise JpeftError(f"{path}, line {line}: not valid JSON: {error.msg} at column {error.colno}{form}") from None
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         place = path if number is None else f"{path}, line {number}"
         raise JpeftError(f"{place}: not valid JSON: {error}") from None
@@ -280,8 +287,12 @@ def _parsed(path: Path, number: int | None, text: str) -> Any:
 
 def _object(path: Path, number: int, value: Any, each: str) -> dict[str, Any]:
     if isinstance(value, dict):
+        bad = [name for name in value if _SURROGATE.search(name)]
+        if bad:
+            raise JpeftError(f"{path}, line {number}: the column name {bad[0]!r} has half of a character in it")
         return value
-    raise JpeftError(f"{path}, line {number}: {kind_of(value)}; {each} must be a JSON object")
+    array = "; a file that is one array of objects ends in .json" if isinstance(value, list) and number == 1 else ""
+    raise JpeftError(f"{path}, line {number}: {kind_of(value)}; {each} must be a JSON object{array}")
 
 
 def _separated(path: Path) -> tuple[dict[str, list[str]], list[int]]:

