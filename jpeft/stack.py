@@ -87,9 +87,13 @@ class Stack(nnx.Module):
         if not self.uniform:
             raise JpeftError("unstack: some wrappers cover only a part of the layers; unstack the base and adapt it")
         graphdef, stacked, shared = _split(self.layer)
-        return nnx.List(
-            [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked), shared) for i in range(self.length)]
-        )
+
+        def layer(index: int) -> nnx.Module:
+            # Each layer gets Variables of its own, for the shared values too: tree mode knows no shared Variables.
+            own, same = jax.tree.map(lambda a: a[index], stacked), jax.tree.map(lambda a: a, shared)
+            return nnx.merge(graphdef, own, same)
+
+        return nnx.List([layer(index) for index in range(self.length)])
 
     def __call__(self, carry: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs `carry` through all layers."""
