@@ -13,6 +13,8 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# The application keeps compiled programs in the user's cache folder; tests neither read nor fill it.
+jax.config.update("jax_enable_compilation_cache", False)
 
 REQUIRED = os.environ.get("JPEFT_PARITY") == "required"
 
