@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import jpeft.models
-from train import session
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<|start|>", "<|end|>"]
 WORDS = tuple("yes no maybe red green blue one two three four the a is what who where Answer Question".split())  # noqa: SIM905
@@ -26,14 +25,13 @@ CHAT = (
 
 @pytest.fixture(autouse=True, scope="session")
 def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Data sets and compiled programs go into folders of the test session; equal programs are compiled once."""
+    """What the application caches goes into a folder of the test session."""
     import datasets
 
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
-        session.keep_compiled()
         yield
 
 
