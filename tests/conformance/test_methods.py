@@ -258,7 +258,7 @@ def test_a_merge_that_overflows_is_refused(model_name: str, method_name: str) ->
     base = base_of(model_name, "float16")
     before = arrays_of(base)
     parts = jpeft.partition(zoo.method(method_name)(base, rngs=nnx.Rngs(5)))
-    huge = {key: jnp.full(value.shape, 1e30).astype(value.dtype) for key, value in parts.adapter.items()}
+    huge = {key: jnp.full(value.shape, 1e4, value.dtype) for key, value in parts.adapter.items()}
     with pytest.raises(jpeft.JpeftError, match="not finite"):
         jpeft.merge(jpeft.combine(parts.graphdef, huge, parts.buffers, parts.frozen))
     assert all(arrays_of(base)[key] is value for key, value in before.items())
