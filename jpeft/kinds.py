@@ -2,6 +2,9 @@
 
 `kernel.shape[:-2]` is the layer axis of `nnx.Linear` alone; a `LinearGeneral` kernel may have any number of axes, so
 each kind says how many are its own and the rest are leading (layer) axes.
+
+`dense_weight(module)` is the one way to the values of a weight, in float32, whatever form it is stored in: methods that
+need them (for norms, or to start from a decomposition) ask it and so work on quantised layers as on plain ones.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from jpeft.wrapper import innermost
 
@@ -48,3 +53,13 @@ def lead(module: Any) -> tuple[int, ...]:
     """The leading (layer) axes of the weight: `()` for a layer that is not stacked."""
     shape = weight(module).shape
     return shape[: len(shape) - len(own_shape(module))]
+
+
+def dense_weight(module: Any, layers: tuple[int, ...] | None = None) -> Float[Array, "..."]:
+    """The values of the wrapped layer's weight, lead + own shape, in float32.
+
+    layers: of a module in a `Stack`, those to return (they become the first axis), as a wrapper's `layers`. Works
+    eagerly, under `jit` and inside a `Stack`, where the module is one layer.
+    """
+    value = weight(module).get_value()
+    return (value if layers is None else value[jnp.array(layers)]).astype(jnp.float32)
