@@ -20,6 +20,7 @@ from jpeft.multi import multi
 from jpeft.partition import Partition, combine, param_labels, partition, trainable_mask
 from jpeft.stack import Stack, run_layers
 from jpeft.targets import listing as list_targets
+from jpeft.training import optimizer, penalty
 from jpeft.variables import AdapterBuffer, AdapterIds, DropoutKey, Frozen, Trainable
 
 if TYPE_CHECKING:
@@ -70,8 +71,10 @@ __all__ = [
     "merge",
     "models",
     "multi",
+    "optimizer",
     "param_labels",
     "partition",
+    "penalty",
     "run_layers",
     "save_adapter",
     "strip",

@@ -157,6 +157,22 @@ def prefix_of(model: nnx.Module) -> str:
     return declared if isinstance(declared, str) else ""
 
 
+def role(model: nnx.Module, name: str, method: str) -> tuple[Entry, ...]:
+    """What a model declares as playing a role, as targets; jpeft's models do (`jpeft.models.model` lists the roles).
+
+    Raises JpeftError if the model declares none: a user's own model is told which modules are meant by `targets=`.
+    """
+    declared = getattr(model, "roles", None)
+    found = declared.get(name) if isinstance(declared, Mapping) else None
+    if not found:
+        near = ", ".join(listing(model)[:8])
+        raise JpeftError(
+            f"{method}: {type(model).__name__} does not declare its {name!r} modules; give targets= "
+            f"(it has {near}, ...)"
+        )
+    return tuple(found)
+
+
 def _heads_of(model: nnx.Module) -> tuple[str, ...]:
     # A user's model may have an attribute `heads` of its own: only a tuple of names declares output heads.
     declared = getattr(model, "heads", ()) if prefix_of(model) or hasattr(model, "task") else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import jax
 from flax import nnx
 
 from jpeft.variables import AdapterIds
@@ -41,6 +42,10 @@ class Wrapper(nnx.Module):
         if attribute.startswith("_") or attribute in _OWN:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
         return getattr(self.base, attribute)
+
+    def penalty(self) -> jax.Array | None:
+        """What the wrapper adds to the loss, a float32 scalar summed over its layer axes; None for nothing."""
+        return None
 
     def fold(self, base: nnx.Module) -> nnx.Module:
         """`base` (which the wrappers inside this one were folded into) as one plain module that computes the same.

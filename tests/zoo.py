@@ -6,8 +6,8 @@ Models are tiny and random; sizes are chosen odd and unlike one another, so that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ class Case:
     layers: int = 0  # how many numbered layers it has, 0 for none
 
 
-def _ids(rows: int = BATCH) -> jax.Array:
+def ids(rows: int = BATCH) -> jax.Array:
+    """The tokens [B, T] that the language models of the zoo are fed."""
     return jax.random.randint(jax.random.key(1), (rows, TIME), 0, VOCABULARY)
 
 
@@ -93,7 +94,7 @@ class Attention(nnx.Module):
 def _user(stacked: bool, **kwargs: Any) -> Case:
     return Case(
         lambda dtype: UserModel(nnx.Rngs(0), jnp.dtype(dtype), stacked=stacked, **kwargs),
-        lambda model: model(_ids()),
+        lambda model: model(ids()),
         layers=3,
     )
 
@@ -162,8 +163,8 @@ def _family(name: str) -> Case:
         return jpeft.models.from_config(config, task=task, dtype=dtype, rngs=nnx.Rngs(0), **further)
 
     def run(model: Any) -> jax.Array:
-        given = {"decoder_input_ids": _ids()[:, :4]} if task == "seq2seq-lm" else {}
-        return model(_ids(), **given)
+        given = {"decoder_input_ids": ids()[:, :4]} if task == "seq2seq-lm" else {}
+        return model(ids(), **given)
 
     return Case(make, run, layers=3)
 
@@ -180,29 +181,55 @@ MODELS: dict[str, Case] = {
     **{name: _family(name) for name in FAMILIES},
 }
 
-# One configuration of every registered method, suited to any model of the zoo.
-METHODS: dict[str, jpeft.Method] = {
-    "lora": jpeft.LoRA(rank=2, alpha=3.0),
+# The models that every method runs on, one of each kind.
+CORE = ("user-stack-remat", "flax-attention", "llama", "gpt2", "bert-mean-classifier", "t5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A method in the conformance suite.
+
+    models: those it runs on. on: other configurations for some of them (targets of a model that declares no roles).
+    starts: as the base "exactly", "closely" (to 1e-5: initial values from a decomposition) or "elsewhere" (a prompt is
+    always seen). merges: whether it is a function of the weight; where not, merging is refused by name. low: largest
+    relative difference between merged and unmerged on a bfloat16 base.
+    """
+
+    method: jpeft.Method
+    models: tuple[str, ...] = CORE
+    on: Mapping[str, jpeft.Method] = dataclasses.field(default_factory=dict)
+    starts: Literal["exactly", "closely", "elsewhere"] = "exactly"
+    merges: bool = True
+    low: float = 5e-2
+
+
+# One configuration of every registered method, and others that differ in a way of their own.
+METHODS: dict[str, Entry] = {
+    "lora": Entry(jpeft.LoRA(rank=2, alpha=3.0), models=tuple(MODELS)),
 }
 
-# Further configurations, which differ in ways that do not depend on the model: run on the models named here.
-VARIANTS: dict[str, jpeft.Method] = {
-    "lora-rslora-gaussian": jpeft.LoRA(rank=4, alpha=2.0, use_rslora=True, init="gaussian", dropout=0.2),
-    "lora-twice": jpeft.compose(jpeft.LoRA(rank=2), jpeft.LoRA(rank=4, name="second")),
-    "lora-some-layers": jpeft.LoRA(rank=2, layers=[1], targets="all-linear"),
-    "lora-ranks": jpeft.LoRA(rank=2, rank_pattern={"layers.0": 4, "layers.1": 0}, alpha_pattern={"layers.2": 5.0}),
+# Further configurations, which differ in ways that do not depend on the model.
+_FEW = ("user-stack-remat", "llama")
+VARIANTS: dict[str, Entry] = {
+    "lora-rslora-gaussian": Entry(
+        jpeft.LoRA(rank=4, alpha=2.0, use_rslora=True, init="gaussian", dropout=0.2), models=_FEW
+    ),
+    "lora-twice": Entry(jpeft.compose(jpeft.LoRA(rank=2), jpeft.LoRA(rank=4, name="second")), models=_FEW),
+    "lora-some-layers": Entry(jpeft.LoRA(rank=2, layers=[1], targets="all-linear"), models=_FEW),
+    "lora-ranks": Entry(
+        jpeft.LoRA(rank=2, rank_pattern={"layers.0": 4, "layers.1": 0}, alpha_pattern={"layers.2": 5.0}), models=_FEW
+    ),
 }
-VARIANT_MODELS = ("user-stack-remat", "llama")
 
-PAIRS = [
-    *((model, method) for model in MODELS for method in METHODS),
-    *((model, method) for model in VARIANT_MODELS for method in VARIANTS),
-]
+ENTRIES = {**METHODS, **VARIANTS}
+PAIRS = [(model, name) for name, entry in ENTRIES.items() for model in entry.models]
+# LoRA on every model, the others where layers are a rematerialised stack and on one whole family.
+DEEP = [(model, name) for model, name in PAIRS if name == "lora" or model in ("user-stack-remat", "llama")]
 
 
-def method(name: str) -> jpeft.Method:
-    """A configuration by its name in `METHODS` or `VARIANTS`."""
-    return {**METHODS, **VARIANTS}[name]
+def method(name: str, model: str) -> jpeft.Method:
+    """The configuration that the entry `name` has for `model`."""
+    return ENTRIES[name].on.get(model, ENTRIES[name].method)
 
 
 def trained(parts: jpeft.Partition, seed: int = 7, size: float = 0.1) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar, TypeVar
 
 import jax
+import optax
 from flax import nnx
 
 from jpeft import surgery
@@ -47,6 +48,10 @@ class Method:
     def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
         """The methods this one consists of, in a form that can be written to a file (predicates resolved to names)."""
         return (self,)
+
+    def optimizer(self, model: nnx.Module, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        """`tx` with whatever this method asks of an optimizer of `model`'s adapter; see `jpeft.optimizer`."""
+        return tx
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready data; `from_dict` is its inverse."""

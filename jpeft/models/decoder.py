@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.core import FrozenDict
 
 from jpeft.models.attention import Attention
 from jpeft.models.causal import CacheSlot, CausalModel, ClassifierHead, LanguageHead, LayerMasks
@@ -121,6 +122,17 @@ class Decoder(CausalModel):
 
     base_prefix = "model"
     embedding = "embed_tokens"
+    roles = FrozenDict(
+        attention=("self_attn",),
+        query=("q_proj",),
+        key=("k_proj",),
+        value=("v_proj",),
+        attention_output=("o_proj",),
+        feed_forward=("mlp",),
+        feed_forward_output=("down_proj",),
+        norm=(r".*norm",),
+        embedding=("embed_tokens",),
+    )
     config: DecoderConfig
 
     def __init__(

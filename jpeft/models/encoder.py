@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 
 from jpeft.errors import JpeftError
 from jpeft.models.attention import Attention, padding_mask
@@ -41,6 +42,17 @@ class Encoder(Model):
     attention_mask: [B, T], 1 for tokens. token_type_ids: [B, T], default 0. positions: [B, T], rows of the position
     table; the families differ in the default.
     """
+
+    roles = FrozenDict(
+        attention=("attention.self",),
+        query=("query",),
+        key=("key",),
+        value=("value",),
+        attention_output=("attention.output.dense",),
+        feed_forward_output=(r"layer\.\d+\.output\.dense",),
+        norm=(r"encoder\..*\.LayerNorm", "embeddings.LayerNorm"),
+        embedding=("word_embeddings",),
+    )
 
     config: EncoderConfig
     pooling: str | None

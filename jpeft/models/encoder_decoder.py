@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 
 from jpeft.errors import JpeftError
 from jpeft.models.attention import Attention, causal_mask, padding_mask
@@ -41,6 +42,18 @@ def shift_right(labels: jax.Array, *, start: int, pad: int) -> jax.Array:
 
 class T5Encoder(Model):
     """The embedding and the encoder, which all tasks have."""
+
+    roles = FrozenDict(
+        attention=("SelfAttention", "EncDecAttention"),
+        query=("q",),
+        key=("k",),
+        value=("v",),
+        attention_output=("o",),
+        feed_forward=("DenseReluDense",),
+        feed_forward_output=("wo",),
+        norm=(r".*layer_norm",),
+        embedding=("shared",),
+    )
 
     config: EncoderDecoderConfig
     pooling: str | None

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.core import FrozenDict
 
 from jpeft.errors import JpeftError
 from jpeft.models.attention import Attention
@@ -103,6 +104,17 @@ class GPT2(CausalModel):
 
     base_prefix = "transformer"
     embedding = "wte"
+    roles = FrozenDict(
+        attention=("attn",),
+        query=("c_attn",),
+        key=("c_attn",),
+        value=("c_attn",),
+        attention_output=("attn.c_proj",),
+        feed_forward=("mlp",),
+        feed_forward_output=("mlp.c_proj",),
+        norm=(r"ln_.*",),
+        embedding=("wte",),
+    )
     config: GPT2Config
 
     def __init__(

@@ -7,6 +7,14 @@ them it holds static attributes:
     task          "causal-lm", "sequence-classification", ... ("base" has no head)
     base_prefix   what the checkpoint puts before the names of everything but the heads ("model", "bert", ...)
     heads         attributes that are output heads; "all-linear" leaves them out
+    roles         which modules play a part that methods speak of, as targets: {role: entries}; the roles are
+                    attention             modules that hold an `attention_fn`
+                    query, key, value     linear layers that make them (one layer may make all three)
+                    attention_output      the linear layer at the end of an attention
+                    feed_forward          the feed-forward sublayer x -> y, where it is one module
+                    feed_forward_output   the linear layer at the end of a feed-forward sublayer
+                    norm                  the normalisations
+                    embedding             the token embedding
     pooling       how a classifier sums up a sequence: None for Hugging Face's way, or "mean"
     renewable     attributes that may be missing in a checkpoint and are then made anew, trainable
     unread        expressions of checkpoint keys that the task has no use for, such as the decoder's
@@ -15,12 +23,13 @@ them it holds static attributes:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 
 from jpeft import surgery
 from jpeft.errors import JpeftError
@@ -64,6 +73,7 @@ class Model(nnx.Module):
     renewable: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     base_prefix: str = ""
+    roles: Mapping[str, tuple[str, ...]] = FrozenDict()
     task: str = "base"
     pooling: str | None = None
 

@@ -17,6 +17,8 @@ import jpeft
 from tests import zoo
 
 pairs = pytest.mark.parametrize(("model_name", "method_name"), zoo.PAIRS)
+# What depends on a method's wrappers and on stacking, and on the model's layers only through these.
+deep = pytest.mark.parametrize(("model_name", "method_name"), zoo.DEEP)
 
 
 @functools.cache
@@ -26,7 +28,7 @@ def base_of(model_name: str, dtype: str = "float32") -> Any:
 
 @functools.cache
 def adapted_of(model_name: str, method_name: str) -> Any:
-    return zoo.method(method_name)(base_of(model_name), rngs=nnx.Rngs(5))
+    return zoo.method(method_name, model_name)(base_of(model_name), rngs=nnx.Rngs(5))
 
 
 @functools.cache
@@ -50,12 +52,13 @@ def _forward(model_name: str, graphdef: Any) -> Any:
 
 
 def loss_of(model_name: str, parts: jpeft.Partition) -> Any:
-    """loss(adapter, buffers, frozen, key): distance to a fixed random target."""
+    """loss(adapter, buffers, frozen, key): distance to a fixed random target, and the methods' penalty."""
     run = zoo.MODELS[model_name].run
 
     def loss(adapter: Any, buffers: Any, frozen: Any, key: Any = None) -> jax.Array:
-        y = run(jpeft.combine(parts.graphdef, adapter, buffers, frozen, dropout=key)).astype(jnp.float32)
-        return jnp.mean((y - jax.random.normal(jax.random.key(3), y.shape)) ** 2)
+        model = jpeft.combine(parts.graphdef, adapter, buffers, frozen, dropout=key)
+        y = run(model).astype(jnp.float32)
+        return jnp.mean((y - jax.random.normal(jax.random.key(3), y.shape)) ** 2) + jpeft.penalty(model)
 
     return loss
 
@@ -73,14 +76,22 @@ def arrays_of(model: nnx.Module) -> dict[str, Any]:
 
 @pairs
 def test_starts_as_the_base(model_name: str, method_name: str) -> None:
-    assert jnp.array_equal(evaluate(model_name, adapted_of(model_name, method_name)), output(model_name))
+    made, expected = evaluate(model_name, adapted_of(model_name, method_name)), output(model_name)
+    starts = zoo.ENTRIES[method_name].starts
+    if starts == "exactly":
+        assert jnp.array_equal(made, expected)
+    elif starts == "closely":
+        assert zoo.relative(made, expected) < 1e-5
+    else:
+        assert made.dtype == expected.dtype
+        assert zoo.relative(made, expected) > 1e-5
 
 
 @pairs
 def test_shares_and_leaves_the_base(model_name: str, method_name: str) -> None:
     base = base_of(model_name)
     before = arrays_of(base)
-    frozen = jpeft.partition(zoo.method(method_name)(base, rngs=nnx.Rngs(5))).frozen
+    frozen = jpeft.partition(zoo.method(method_name, model_name)(base, rngs=nnx.Rngs(5))).frozen
     assert arrays_of(base).keys() == before.keys()
     assert all(arrays_of(base)[key] is before[key] for key in before)
     assert all(frozen[key] is before[key] for key in frozen)
@@ -89,27 +100,23 @@ def test_shares_and_leaves_the_base(model_name: str, method_name: str) -> None:
 @pairs
 def test_trains_and_only_what_it_should(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
-    loss = loss_of(model_name, parts)
+    gradient_at = gradient_of(model_name, method_name)
     optimizer = optax.adam(3e-2)
 
     @jax.jit
-    def step(adapter: Any, state: Any, frozen: Any, key: jax.Array) -> Any:
-        value, gradient = jax.value_and_grad(loss)(adapter, parts.buffers, frozen, key)
+    def update(adapter: Any, state: Any, gradient: Any) -> Any:
         updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(adapter, updates), state, value, gradient
-
-    def value_of(adapter: Any) -> float:
-        return float(gradient_of(model_name, method_name)(adapter, parts.buffers, parts.frozen)[0])
+        return optax.apply_updates(adapter, updates), state
 
     copies = {name: np.array(value) for name, value in parts.frozen.items() if value.dtype != jax.random.key(0).dtype}
     adapter, state = parts.adapter, optimizer.init(parts.adapter)
-    start = value_of(adapter)
-    gradient = None
-    for number in range(50):
-        key = jax.random.fold_in(jax.random.key(11), number)
-        adapter, state, _, gradient = step(adapter, state, parts.frozen, key)
-    assert value_of(adapter) < start
-    assert gradient is not None
+    losses = []
+    for _ in range(50):
+        value, gradient = gradient_at(adapter, parts.buffers, parts.frozen)
+        adapter, state = update(adapter, state, gradient)
+        losses.append(float(value))
+    value, gradient = gradient_at(adapter, parts.buffers, parts.frozen)
+    assert value < losses[0]
     assert gradient.keys() == parts.adapter.keys()
     still = [name for name, value in gradient.items() if not jnp.any(value != 0)]
     assert not still, f"no gradient for {still}"
@@ -124,6 +131,10 @@ def test_merging_computes_the_same(model_name: str, method_name: str) -> None:
     model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
     expected = evaluate(model_name, model)
     assert zoo.relative(expected, output(model_name)) > 1e-3
+    if not zoo.ENTRIES[method_name].merges:
+        with pytest.raises(jpeft.JpeftError, match=r"merge: .*is not a function of the weight"):
+            jpeft.merge(model)
+        return
     merged = jpeft.merge(model)
     assert zoo.relative(evaluate(model_name, merged), expected) < 1e-5
     again = jpeft.merge(merged)
@@ -141,7 +152,7 @@ def test_stripping_gives_the_base_back(model_name: str, method_name: str) -> Non
     assert all(arrays_of(stripped)[key] is value for key, value in arrays_of(base).items())
 
 
-@pairs
+@deep
 def test_both_ways_into_optax_agree(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     loss, optimizer = loss_of(model_name, parts), optax.adamw(1e-2, weight_decay=0.1)
@@ -182,7 +193,7 @@ def test_switching_tasks_recompiles_nothing(model_name: str, method_name: str) -
     assert not jnp.allclose(outputs[0], outputs[1])
 
 
-@pairs
+@deep
 def test_many_adapters_at_once_by_vmap(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     adapters = [zoo.trained(parts, seed) for seed in range(3)]
@@ -218,7 +229,7 @@ def test_rows_with_adapters_of_their_own(model_name: str, method_name: str) -> N
     assert mixed._cache_size() == 1
 
 
-@pairs
+@deep
 def test_sharded_equals_one_device(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     adapter, run = zoo.trained(parts), gradient_of(model_name, method_name)
@@ -243,21 +254,27 @@ def test_sharded_equals_one_device(model_name: str, method_name: str) -> None:
 def test_low_precision_base(model_name: str, method_name: str) -> None:
     base = base_of(model_name, "bfloat16")
     expected = evaluate(model_name, base)
-    adapted = zoo.method(method_name)(base, rngs=nnx.Rngs(5))
+    adapted = zoo.method(method_name, model_name)(base, rngs=nnx.Rngs(5))
     parts = jpeft.partition(adapted)
     trained = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
     assert {v.dtype.name for v in jpeft.partition(adapted).adapter.values()} <= {"float32", "bfloat16"}
     made = evaluate(model_name, trained)
     assert made.dtype == expected.dtype
-    merged = jpeft.merge(trained)
-    assert zoo.relative(evaluate(model_name, merged), made) < 5e-2
+    entry = zoo.ENTRIES[method_name]
+    if entry.merges:
+        assert zoo.relative(evaluate(model_name, jpeft.merge(trained)), made) < entry.low
 
 
-@pairs
+merging = pytest.mark.parametrize(
+    ("model_name", "method_name"), [pair for pair in zoo.PAIRS if zoo.ENTRIES[pair[1]].merges]
+)
+
+
+@merging
 def test_a_merge_that_overflows_is_refused(model_name: str, method_name: str) -> None:
     base = base_of(model_name, "float16")
     before = arrays_of(base)
-    parts = jpeft.partition(zoo.method(method_name)(base, rngs=nnx.Rngs(5)))
+    parts = jpeft.partition(zoo.method(method_name, model_name)(base, rngs=nnx.Rngs(5)))
     huge = {key: jnp.full(value.shape, 1e4, value.dtype) for key, value in parts.adapter.items()}
     with pytest.raises(jpeft.JpeftError, match="not finite"):
         jpeft.merge(jpeft.combine(parts.graphdef, huge, parts.buffers, parts.frozen))
@@ -277,10 +294,27 @@ def test_saved_and_loaded_bit_for_bit(model_name: str, method_name: str, tmp_pat
     assert jpeft.applied(loaded) == jpeft.applied(adapted_of(model_name, method_name))
 
 
+@pytest.mark.parametrize(("model_name", "method_name"), [pair for pair in zoo.PAIRS if pair[0] in ("llama", "gpt2")])
+def test_generation_equals_whole_passes(model_name: str, method_name: str) -> None:
+    parts = jpeft.partition(adapted_of(model_name, method_name))
+    model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    prompt = zoo.ids()
+    made = jpeft.generate(model, prompt, max_new_tokens=4, eos_token_id=zoo.VOCABULARY - 1)[:, : prompt.shape[1] + 4]
+    logits = forward(model_name, jpeft.partition(model))  # compiled for the prompt's length
+    whole = jax.jit(lambda ids, *arrays: jpeft.combine(parts.graphdef, *arrays)(ids))(made, *jpeft.partition(model)[1:])
+    assert zoo.relative(whole[:, : prompt.shape[1]], logits(*jpeft.partition(model)[1:])) < 1e-5
+    likeliest = np.asarray(jnp.argmax(whole, -1))
+    for row, tokens in enumerate(made):
+        ended = False
+        for at in range(prompt.shape[1], made.shape[1]):
+            assert ended or tokens[at] == likeliest[row, at - 1]
+            ended |= tokens[at] == zoo.VOCABULARY - 1
+
+
 @pairs
 def test_abstract_models(model_name: str, method_name: str) -> None:
     make = zoo.MODELS[model_name].make
-    abstract = nnx.eval_shape(lambda: zoo.method(method_name)(make("float32"), rngs=nnx.Rngs(5)))
+    abstract = nnx.eval_shape(lambda: zoo.method(method_name, model_name)(make("float32"), rngs=nnx.Rngs(5)))
     concrete = jpeft.partition(adapted_of(model_name, method_name))
     for got, want in zip(jpeft.partition(abstract)[1:], concrete[1:], strict=True):
         assert {k: (v.shape, v.dtype) for k, v in got.items()} == {k: (v.shape, v.dtype) for k, v in want.items()}
@@ -302,4 +336,4 @@ def test_dropout_is_a_function_of_its_key(model_name: str) -> None:
 
 
 def test_every_registered_method_is_here() -> None:
-    assert {type(method) for method in zoo.METHODS.values()} == set(jpeft.METHODS.values())
+    assert {type(entry.method) for entry in zoo.METHODS.values()} >= set(jpeft.METHODS.values())

@@ -59,7 +59,7 @@ def test_the_method_of_the_page_keeps_its_promises(monkeypatch: pytest.MonkeyPat
     assert recorded == (page.Rescale(targets=[r"^layers\.1\.up$", r"^layers\.2\.up$"]),)
     assert jpeft.partition(recorded[0](page.model, rngs=0)).adapter.keys() == {"layers/up/rescale/factor"}
 
-    monkeypatch.setitem(zoo.METHODS, "page", page.Rescale())
+    monkeypatch.setitem(zoo.ENTRIES, "page", zoo.Entry(page.Rescale()))
     conformance.test_starts_as_the_base("user-stack-remat", "page")
     conformance.test_stripping_gives_the_base_back("user-stack-remat", "page")
     conformance.test_low_precision_base("user-stack-remat", "page")

@@ -1,0 +1,106 @@
+"""What methods share that wrap the modules their `targets` name: finding them, their layers, what a file records."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+
+from jpeft import kinds, surgery
+from jpeft.errors import JpeftError
+from jpeft.methods import fields
+from jpeft.methods.method import Method, refuse_second
+from jpeft.paths import Node
+from jpeft.stack import runs
+from jpeft.targets import Layers, entries, resolve, role
+from jpeft.wrapper import Wrapper
+
+# More scans than this cost more compile time than the layers in between are worth; then the hull is adapted and the
+# layers in its holes get an update of zero.
+_MOST_RUNS = 4
+
+
+class Targeted(Method):
+    """A method with the fields `targets`, `exclude`, `layers` and `name`, which subclasses declare with their defaults.
+
+    Subclasses set `wraps`, call `self.settle_targets()` in `__post_init__`, and either define `wrapper` (one node at a
+    time; then `apply` is here) or `apply`.
+
+    role: which of the model's declared roles the targets are when `targets` is None.
+    """
+
+    wraps: ClassVar[tuple[type[nnx.Module], ...]]
+    role: ClassVar[str | None] = None
+
+    targets: Any
+    exclude: Any
+    layers: Any
+    name: str
+
+    def settle_targets(self) -> None:
+        """Puts the four fields into their one form. Raises JpeftError for what cannot be."""
+        targets = None if self.targets is None and self.role else entries(self.targets)
+        fields.settle(self, targets=targets, exclude=entries(self.exclude), layers=fields.layer_numbers(self.layers))
+        fields.check_name(self)
+
+    def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
+        replacements: dict[surgery.Path, Callable[[Any], Any]] = {}
+        for node, layers in self.resolve(model):
+            refuse_second(node.module, self.name, node.name)
+            replacements[node.path] = self._placed(node, layers, key)
+        return surgery.replace(model, replacements)
+
+    def wrapper(self, base: Any, node: Node, layers: Layers, key: jax.Array) -> Wrapper:
+        """The wrapper around `base`, a module of the copy, which stands at `node`.
+
+        layers: those that the wrapper's variables cover, None for all. key: the method's; see `node.keys`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines neither apply nor wrapper")
+
+    def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
+        if not any(callable(entry) for entry in (*(self.targets or ()), *self.exclude)):
+            return (self,)
+        found = [node.expanded(member) for node, layers in self.resolve(model) for member in layers or (None,)]
+        exact = tuple(f"^{re.escape(name)}$" for name in found)
+        return (replaced(self, targets=exact, exclude=(), layers=None),)
+
+    def resolve(self, model: nnx.Module) -> list[tuple[Node, Layers]]:
+        """The nodes to wrap, each with the layers that are meant (None: all of them, or there are none)."""
+        named = type(self).__name__
+        targets = role(model, str(self.role), named) if self.targets is None else self.targets
+        return resolve(model, targets=targets, exclude=self.exclude, layers=self.layers, kinds=self.wraps, method=named)
+
+    def _placed(self, node: Node, layers: Layers, key: jax.Array) -> Callable[[Any], Any]:
+        def wrap(base: Any) -> Any:
+            try:
+                return self.wrapper(base, node, layers, key)
+            except JpeftError as error:
+                raise JpeftError(f"{error} ({node.name or 'the model itself'!r})") from None
+
+        return wrap
+
+
+def replaced(method: Any, **changes: Any) -> Any:
+    """`method` with other values of some fields."""
+    return dataclasses.replace(method, **changes)
+
+
+def covered(node: Node, live: Iterable[int]) -> Layers:
+    """The layers a wrapper's variables cover: None for all, the live ones, or their hull if those lie scattered."""
+    live = sorted(live)
+    if node.length is None or len(live) == node.length:
+        return None
+    if len(runs(node.length, [set(live)])) <= _MOST_RUNS:
+        return tuple(live)
+    hull = tuple(range(live[0], live[-1] + 1))
+    return None if len(hull) == node.length else hull
+
+
+def lead_of(node: Node, layers: Layers) -> tuple[int, ...]:
+    """The leading axes of a wrapper's variables at a node that holds a weight, where they cover `layers`."""
+    lead = kinds.lead(node.module)
+    return lead if layers is None else (len(layers), *lead[1:])
