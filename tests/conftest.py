@@ -3,7 +3,9 @@
 With JPEFT_PARITY=required (as in .ci/run) the torch peers must be installed, and a skipped test fails the run.
 """
 
+import gc
 import os
+from pathlib import Path
 from typing import Any
 
 # The tests' programs run once or a few times: most of the time would go into optimising them.
@@ -16,6 +18,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 # The application keeps compiled programs in the user's cache folder; tests neither read nor fill it.
 jax.config.update("jax_enable_compilation_cache", False)
 
+# Every compiled program holds memory mappings, of which Linux grants a process 65,530; XLA crashes without a word when
+# it gets no more.
+_MAPS, _MOST_MAPS = Path("/proc/self/maps"), 20_000
+_tests = 0
+
 REQUIRED = os.environ.get("JPEFT_PARITY") == "required"
 
 
@@ -23,6 +30,19 @@ def pytest_sessionstart() -> None:
     if REQUIRED:
         import peft  # noqa: F401
         import torch  # noqa: F401
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Lets go of compiled programs before they are too many."""
+    global _tests  # noqa: PLW0603
+    _tests += 1
+    if _tests % 10:
+        return
+    many = _MAPS.read_bytes().count(b"\n") > _MOST_MAPS if _MAPS.exists() else _tests % 100 == 0
+    if many:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.hookimpl(trylast=True)

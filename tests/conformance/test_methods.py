@@ -16,9 +16,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jpeft
 from tests import zoo
 
-pairs = pytest.mark.parametrize(("model_name", "method_name"), zoo.PAIRS)
+# scope="module" makes pytest run all tests of one pair after another, so that they share what was compiled for it.
+pairs = pytest.mark.parametrize(("model_name", "method_name"), zoo.PAIRS, scope="module")
 # What depends on a method's wrappers and on stacking, and on the model's layers only through these.
-deep = pytest.mark.parametrize(("model_name", "method_name"), zoo.DEEP)
+deep = pytest.mark.parametrize(("model_name", "method_name"), zoo.DEEP, scope="module")
 
 
 @functools.cache
@@ -266,7 +267,7 @@ def test_low_precision_base(model_name: str, method_name: str) -> None:
 
 
 merging = pytest.mark.parametrize(
-    ("model_name", "method_name"), [pair for pair in zoo.PAIRS if zoo.ENTRIES[pair[1]].merges]
+    ("model_name", "method_name"), [pair for pair in zoo.PAIRS if zoo.ENTRIES[pair[1]].merges], scope="module"
 )
 
 
@@ -294,7 +295,9 @@ def test_saved_and_loaded_bit_for_bit(model_name: str, method_name: str, tmp_pat
     assert jpeft.applied(loaded) == jpeft.applied(adapted_of(model_name, method_name))
 
 
-@pytest.mark.parametrize(("model_name", "method_name"), [pair for pair in zoo.PAIRS if pair[0] in ("llama", "gpt2")])
+@pytest.mark.parametrize(
+    ("model_name", "method_name"), [pair for pair in zoo.PAIRS if pair[0] in ("llama", "gpt2")], scope="module"
+)
 def test_generation_equals_whole_passes(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
