@@ -18,10 +18,11 @@ from jpeft.merge import merge, strip
 from jpeft.methods import METHODS, Compose, LoRA, Method, applied, compose
 from jpeft.multi import multi
 from jpeft.partition import Partition, combine, param_labels, partition, trainable_mask
+from jpeft.quant import FP4, NF4, Int4, Int8
 from jpeft.stack import Stack, run_layers
 from jpeft.targets import listing as list_targets
 from jpeft.training import optimizer, penalty
-from jpeft.variables import AdapterBuffer, AdapterIds, DropoutKey, Frozen, Trainable
+from jpeft.variables import AdapterBuffer, AdapterIds, DropoutKey, Frozen, Quantized, Trainable
 
 if TYPE_CHECKING:
     from jpeft import models
@@ -48,17 +49,22 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "FP4",
     "METHODS",
+    "NF4",
     "AdapterBuffer",
     "AdapterIds",
     "Compose",
     "Description",
     "DropoutKey",
     "Frozen",
+    "Int4",
+    "Int8",
     "JpeftError",
     "LoRA",
     "Method",
     "Partition",
+    "Quantized",
     "Stack",
     "Trainable",
     "applied",

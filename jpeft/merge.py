@@ -5,7 +5,8 @@ Both return a copy; the adapted model and its base arrays stay as they are, so u
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jpeft.methods.method import METHODS_ATTRIBUTE
 from jpeft.variables import Trainable, retype, unfreeze
 from jpeft.wrapper import NotMergeable, Wrapper
 
+_Packed: TypeAlias = tuple[str, kinds.Packed | None, Any]  # where, what it was, what was made of it
+
 
 def strip(model: nnx.Module) -> Any:
     """The base: `model` without any wrapper, with its parameters' own Variable types and the same arrays."""
@@ -24,26 +27,45 @@ def strip(model: nnx.Module) -> Any:
     return _plain(surgery.map_variables(bare, unfreeze))
 
 
-def merge(model: nnx.Module) -> Any:
+def merge(model: nnx.Module, *, dequantize: bool = False, requantize: bool = False) -> Any:
     """A plain model whose weights contain the adapters; it computes the same as `model` without dropout.
 
-    Arithmetic is in float32 and cast to the weight's dtype last. Raises JpeftError, naming every module, if a wrapper
-    is no function of the weight it wraps or a merged weight is not finite; `model` is unchanged either way.
+    Arithmetic is in float32 and cast to the weight's dtype last. A quantised weight cannot hold an adapter exactly.
+    dequantize: all quantised layers become plain ones in full precision. requantize: merged weights are quantised again
+    in the format they had, the others stay as they are; a warning tells the error that this makes.
+
+    Raises JpeftError, naming every module, if a wrapper is no function of the weight it wraps, if it wraps a quantised
+    layer and neither is chosen, or if a merged weight is not finite; `model` is unchanged either way.
     """
+    if dequantize and requantize:
+        raise JpeftError("merge: choose dequantize=True or requantize=True, not both")
     copy = nnx.clone(model)
     places = {id(wrapper): node.name for node in paths.nodes(copy) for wrapper in _chain(node.module)}
     problems: list[str] = []
     checks: list[tuple[str, jax.Array]] = []
+    quantized: dict[int, _Packed] = {}  # by identity of what was made of it, kept beside it
 
     def fold(module: Any) -> Any:
         if not isinstance(module, Wrapper):
             return module
         where = f"{places.get(id(module), '?')} ({module.name})"
+        base: Any = module.base
+        packed = quantized.pop(id(base), ("", None, None))[1]
+        if isinstance(base, kinds.Packed):
+            if not (dequantize or requantize):
+                problems.append(
+                    f"{where}: its base is quantised and cannot hold the adapter exactly; pass dequantize=True for a "
+                    "model in full precision, or requantize=True to quantise again, which makes an error"
+                )
+                return base
+            base, packed = base.plain(), base
         try:
-            folded = module.fold(module.base)
+            folded = module.fold(base)
         except NotMergeable as reason:
             problems.append(f"{where}: {reason}")
-            return module.base
+            return base
+        if packed is not None:
+            quantized[id(folded)] = (places.get(id(module), "?"), packed, folded)
         if kinds.kind_of(folded) is not None:
             checks.append((where, jnp.all(jnp.isfinite(kinds.weight(folded).get_value()))))
         return folded
@@ -56,11 +78,42 @@ def merge(model: nnx.Module) -> Any:
     ]
     if problems:
         raise JpeftError("merge: " + "; ".join(problems))
+    if dequantize:
+        made = surgery.rewrite(made, lambda m: m.plain() if isinstance(m, kinds.Packed) else m, copy=False)
+    if requantize:
+        made = _requantized(made, quantized)
 
     def settled(variable: nnx.Variable) -> nnx.Variable:
         return retype(variable, nnx.Param) if isinstance(variable, Trainable) else unfreeze(variable)
 
     return _plain(surgery.map_variables(made, settled))
+
+
+def _requantized(model: Any, quantized: dict[int, _Packed]) -> Any:
+    """`model` with the merged layers packed as they were; warns of the error that this makes."""
+    errors: list[tuple[float, str]] = []
+
+    def again(module: Any) -> Any:
+        if id(module) not in quantized:
+            return module
+        where, packed, _ = quantized[id(module)]
+        assert packed is not None
+        made = packed.packed_again(module)
+        wanted, got = kinds.dense_weight(module), kinds.dense_weight(made)
+        if not isinstance(wanted, jax.core.Tracer):
+            error = float(jnp.linalg.norm(got - wanted) / jnp.maximum(jnp.linalg.norm(wanted), 1e-30))
+            errors.append((error, where))
+        return made
+
+    made = surgery.rewrite(model, again, copy=False)
+    if errors:
+        worst = ", ".join(f"{error:.2%} at {where}" for error, where in sorted(errors, reverse=True)[:3])
+        warnings.warn(
+            f"merge: quantising {len(errors)} merged weights again changed them, in relative Frobenius norm, by "
+            f"{sum(error for error, _ in errors) / len(errors):.2%} on average and at most by {worst}",
+            stacklevel=3,
+        )
+    return made
 
 
 def _chain(module: Any) -> list[Wrapper]:

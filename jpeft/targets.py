@@ -182,7 +182,7 @@ def _heads_of(model: nnx.Module) -> tuple[str, ...]:
 
 def _selects(entry: Entry, node: Node, called: tuple[str, ...], heads: tuple[str, ...]) -> bool:
     if isinstance(entry, type):
-        return isinstance(innermost(node.module), entry)
+        return isinstance(innermost(node.module), entry) or kind_of(node.module) is entry
     if not isinstance(entry, str):
         return bool(entry(called[0], innermost(node.module)))
     if entry == ALL_LINEAR:

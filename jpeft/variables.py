@@ -7,6 +7,7 @@
 | `DropoutKey`    | no       | never                  | filled by `combine(..., dropout=key)`     |
 | `AdapterIds`    | no       | never                  | filled by `combine(..., adapter_ids=ids)` |
 | `Frozen`        | no       | no                     | every `nnx.Param` of the base             |
+| `Quantized`     | no       | no                     | codes and scales of a quantised base      |
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class Frozen(nnx.Variable):
 
     Its metadata keeps the type it had, which `strip` and `merge` give back.
     """
+
+
+class Quantized(nnx.Variable):
+    """A part of a quantised weight (codes, scales): not an `nnx.Param`, whatever is done with the model."""
 
 
 _ORIGINAL = "jpeft_original_type"

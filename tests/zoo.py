@@ -20,11 +20,15 @@ BATCH, TIME, VOCABULARY, WIDTH = 2, 6, 31, 12
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model with something to feed it. make(dtype): the model; run(model): its output, floating point."""
+    """A model with something to feed it. make(dtype): the model; run(model): its output, floating point.
+
+    merge: how `jpeft.merge` is called, where the model's weights are quantised.
+    """
 
     make: Callable[[str], Any]
     run: Callable[[Any], jax.Array]
     layers: int = 0  # how many numbered layers it has, 0 for none
+    merge: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
 
 def ids(rows: int = BATCH) -> jax.Array:
@@ -169,6 +173,10 @@ def _family(name: str) -> Case:
     return Case(make, run, layers=3)
 
 
+def _quantized(case: Case, form: Any) -> Case:
+    return dataclasses.replace(case, make=lambda dtype: form(case.make(dtype)), merge={"dequantize": True})
+
+
 MODELS: dict[str, Case] = {
     "user-list": _user(stacked=False),
     "user-stack-remat": _user(stacked=True, remat=True),
@@ -179,6 +187,7 @@ MODELS: dict[str, Case] = {
         lambda dtype: Attention(nnx.Rngs(0), jnp.dtype(dtype)), lambda model: model(_floats(BATCH, TIME, WIDTH))
     ),
     **{name: _family(name) for name in FAMILIES},
+    "llama-nf4": _quantized(_family("llama"), jpeft.NF4(block_size=4)),
 }
 
 # The models that every method runs on, one of each kind.

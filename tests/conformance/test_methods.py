@@ -136,11 +136,12 @@ def test_merging_computes_the_same(model_name: str, method_name: str) -> None:
         with pytest.raises(jpeft.JpeftError, match=r"merge: .*is not a function of the weight"):
             jpeft.merge(model)
         return
-    merged = jpeft.merge(model)
+    merging = zoo.MODELS[model_name].merge
+    merged = jpeft.merge(model, **merging)
     assert zoo.relative(evaluate(model_name, merged), expected) < 1e-5
     again = jpeft.merge(merged)
     assert all(jnp.array_equal(arrays_of(again)[k], v) for k, v in arrays_of(merged).items() if v.dtype != "key<fry>")
-    base = base_of(model_name)
+    base = jpeft.merge(base_of(model_name), **merging)
     assert {k: (v.shape, v.dtype) for k, v in arrays_of(merged).items()} == {
         k: (v.shape, v.dtype) for k, v in arrays_of(base).items()
     }
@@ -263,7 +264,8 @@ def test_low_precision_base(model_name: str, method_name: str) -> None:
     assert made.dtype == expected.dtype
     entry = zoo.ENTRIES[method_name]
     if entry.merges:
-        assert zoo.relative(evaluate(model_name, jpeft.merge(trained)), made) < entry.low
+        merged = jpeft.merge(trained, **zoo.MODELS[model_name].merge)
+        assert zoo.relative(evaluate(model_name, merged), made) < entry.low
 
 
 merging = pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_a_merge_that_overflows_is_refused(model_name: str, method_name: str) ->
     parts = jpeft.partition(zoo.method(method_name, model_name)(base, rngs=nnx.Rngs(5)))
     huge = {key: jnp.full(value.shape, 1e4, value.dtype) for key, value in parts.adapter.items()}
     with pytest.raises(jpeft.JpeftError, match="not finite"):
-        jpeft.merge(jpeft.combine(parts.graphdef, huge, parts.buffers, parts.frozen))
+        jpeft.merge(jpeft.combine(parts.graphdef, huge, parts.buffers, parts.frozen), **zoo.MODELS[model_name].merge)
     assert all(arrays_of(base)[key] is value for key, value in before.items())
 
 
