@@ -2,7 +2,8 @@
 
 A saved adapter is an Orbax checkpoint with two parts, `adapter` (what trained) and `buffers` (scales and masks). Its
 metadata, plain JSON in `_CHECKPOINT_METADATA`, holds the methods' configurations and what identifies the base: shape
-and dtype of each of its arrays and a few of its values. It loads onto any mesh and any number of devices.
+and dtype of each of its arrays, a few of its values, and how its layers are quantised. It loads onto any mesh and any
+number of devices.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jpeft import kinds, paths
 from jpeft.errors import JpeftError
 from jpeft.merge import strip
 from jpeft.methods import Method, applied, compose, from_dict
 from jpeft.partition import Arrays, combine, partition, value_of, variables
-from jpeft.variables import Frozen, Trainable
+from jpeft.variables import Frozen, Quantized, Trainable
+from jpeft.wrapper import innermost
 
 FORMAT = "jpeft-adapter"
 VERSION = 1
@@ -61,6 +64,7 @@ def save_adapter(path: str | Path, model: nnx.Module, *, overwrite: bool = False
         "version": VERSION,
         "methods": [method.to_dict() for method in applied(model)],
         "base": _fingerprint(model),
+        "quantization": _quantization(model),
     }
     if path.exists():
         if not overwrite:
@@ -128,7 +132,8 @@ def load_adapter(path: str | Path, base_model: Any, *, check_base: bool = True) 
     metadata = read_metadata(path)
     methods = _methods(path, metadata["methods"])
     frozen = partition(base_model).frozen
-    differences = _compare_base(metadata["base"], base_model, values=check_base)
+    differences = _compare_quantization(metadata["quantization"], _quantization(base_model))
+    differences = differences or _compare_base(metadata["base"], base_model, values=check_base)
     if differences:
         _refuse(path, "was trained on another base", differences)
 
@@ -180,6 +185,7 @@ def _validated(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     class Metadata(pydantic.BaseModel):
         methods: list[dict[str, Any]]
         base: dict[str, BaseArray]
+        quantization: dict[str, dict[str, Any]] = {}
 
     try:
         return Metadata.model_validate(metadata, strict=True).model_dump()
@@ -244,6 +250,26 @@ def _sharding(frozen: Arrays) -> Any:
     return jax.sharding.SingleDeviceSharding(device)
 
 
+def _quantization(model: Any) -> dict[str, dict[str, Any]]:
+    """How each packed layer of the base is stored, by canonical path."""
+    inner = {node.name: innermost(node.module) for node in paths.nodes(model)}
+    return {name: module.storage() for name, module in inner.items() if isinstance(module, kinds.Packed)}
+
+
+def _compare_quantization(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    different: dict[tuple[str, str], list[str]] = {}
+    for name in {**saved, **present}:
+        then, now = (said.get(name) for said in (saved, present))
+        if then != now:
+            words = tuple("not quantised" if one is None else f"quantised as {one}" for one in (then, now))
+            different.setdefault((words[0], words[1]), []).append(name)
+    said = []
+    for (then, now), names in different.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        said.append(f"{', '.join(map(repr, names[:3]))}{more} of the base it was trained on: {then}; here: {now}")
+    return said
+
+
 def _fingerprint(model: Any) -> dict[str, Any]:
     """Shape, dtype and a few values of each parameter of the base: what it is recognised by."""
     return {
@@ -253,16 +279,19 @@ def _fingerprint(model: Any) -> dict[str, Any]:
 
 
 def _samples(model: Any) -> list[tuple[str, Any, list[float | None]]]:
-    """A few values of each floating-point parameter that does not train; None for what is not finite.
+    """A few values of each floating-point or quantised parameter that does not train; None for what is not finite.
 
     State that is no parameter, such as batch statistics and caches, changes in use and identifies nothing.
     """
     floats = {
         key: value_of(variable)
         for key, _, variable in variables(model)
-        if isinstance(variable, Frozen | nnx.Param)
-        and not isinstance(variable, Trainable)
-        and jnp.issubdtype(variable.dtype, jnp.floating)
+        if isinstance(variable, Quantized)
+        or (
+            isinstance(variable, Frozen | nnx.Param)
+            and not isinstance(variable, Trainable)
+            and jnp.issubdtype(variable.dtype, jnp.floating)
+        )
     }
     concrete = {key: array for key, array in floats.items() if not isinstance(array, jax.ShapeDtypeStruct)}
     meshes = [a.sharding.mesh for a in concrete.values() if isinstance(getattr(a, "sharding", None), NamedSharding)]

@@ -42,6 +42,10 @@ class Packed(nnx.Module):
         """The layer of the kind it stands for, with a weight in full precision."""
         raise NotImplementedError(f"{type(self).__name__} defines no plain")
 
+    def storage(self) -> dict[str, Any]:
+        """How the weight is stored, as JSON-ready data: an adapter trained on one form is not loaded onto another."""
+        raise NotImplementedError(f"{type(self).__name__} defines no storage")
+
     def packed_again(self, plain: Any) -> Packed:
         """A layer stored as this one is, with the weight of `plain`, a layer of the kind this one stands for."""
         raise NotImplementedError(f"{type(self).__name__} defines no packed_again")

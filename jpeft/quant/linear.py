@@ -108,6 +108,10 @@ class QuantizedLinear(kinds.Packed):
         made.kernel, made.bias = nnx.Param(self.quantized.dequantize()), nnx.data(self.bias)
         return made
 
+    def storage(self) -> dict[str, Any]:
+        """The format, without what says where it applies."""
+        return self.format.to_dict()
+
     def packed_again(self, plain: nnx.Linear) -> QuantizedLinear:
         """The weight and bias of `plain` in this layer's format."""
         kernel = self.format.quantize(plain.kernel.get_value())

@@ -170,3 +170,25 @@ def test_a_model_with_adapters_can_be_quantised_under_them() -> None:
     parts = jpeft.partition(made)
     assert parts.graphdef == expected.graphdef
     assert all(jnp.array_equal(parts.frozen[key], value) for key, value in expected.frozen.items())
+
+
+def test_an_adapter_loads_onto_the_same_quantisation_only(tmp_path: Any) -> None:
+    adapted = jpeft.LoRA(rank=2, targets=["up"])(FORM(stack()), rngs=0)
+    path = jpeft.save_adapter(tmp_path / "adapter", adapted)
+    loaded = jpeft.load_adapter(path, FORM(stack()))
+    assert jnp.array_equal(loaded.layers.layer.up.a[...], adapted.layers.layer.up.a[...])
+    others = {
+        "not quantised": stack(),
+        "double_quant': False": jpeft.NF4(block_size=4, double_quant=False)(stack()),
+        "'format': 'fp4'": jpeft.FP4(block_size=4)(stack()),
+    }
+    for said, base in others.items():
+        for check in (True, False):
+            with pytest.raises(
+                jpeft.JpeftError, match=rf"'layers/down', 'layers/up' .* trained on: .*here: .*{said}"
+            ):
+                jpeft.load_adapter(path, base, check_base=check)
+    other = stack()
+    other.layers.layer.up.kernel.set_value(-other.layers.layer.up.kernel[...])
+    with pytest.raises(jpeft.JpeftError, match="the values of 'layers/up/codes' differ"):
+        jpeft.load_adapter(path, FORM(other))
