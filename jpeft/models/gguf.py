@@ -25,6 +25,7 @@ import numpy as np
 from jpeft.errors import JpeftError, nearest
 from jpeft.models.gguf_file import GGUFFile
 from jpeft.models.tensors import TensorInfo
+from jpeft.quant import Format, Int4, Int8, QuantizedKernel
 
 # GGUF architecture -> (model_type, class in config.json, whether rows of q and k are permuted).
 ARCHITECTURES = {
@@ -49,6 +50,13 @@ _LAYER_NAMES = {
 }
 # Per-frequency divisors of the rotary embedding: the form in which Llama 3.1's scaling is stored.
 _ROPE_FACTORS = "rope_freqs.weight"
+
+# Blocks that can be kept: 32 values with scales (and minima) in float16.
+_FORMATS: dict[str, Format] = {
+    "Q4_0": Int4(block_size=32, scale_dtype="float16"),
+    "Q4_1": Int4(block_size=32, symmetric=False, scale_dtype="float16"),
+    "Q8_0": Int8(block_size=32, scale_dtype="float16"),
+}
 
 # Keys below the architecture's name that are read, and others that say nothing the tensors do not.
 _READ = (
@@ -125,6 +133,7 @@ class GGUFSource:
     """
 
     config: dict[str, Any]
+    stays = False  # matrices are dequantised unless asked for in packed form
 
     def __init__(self, path: str | Path):
         self.where = str(path)
@@ -147,7 +156,23 @@ class GGUFSource:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` in torch's layout: (out, in) for linear layers."""
-        tensor = self._file.read(self._names[name])
+        return self._put_back(name, self._file.read(self._names[name]))
+
+    @property
+    def formats(self) -> Mapping[str, Format]:
+        """The format of each matrix whose blocks can be kept as they are."""
+        kinds = {name: self._file.tensors[own] for name, own in self._names.items()}
+        return {
+            name: _FORMATS[t.kind.name] for name, t in kinds.items() if t.kind.name in _FORMATS and len(t.shape) == 2
+        }
+
+    def read_packed(self, name: str) -> QuantizedKernel:
+        """The tensor `name` (out, in) as a quantised kernel [in, out]; rows stay whole, so q and k are put back."""
+        outputs, inputs = self._file.tensors[self._names[name]].shape
+        arrays = {key: self._put_back(name, array) for key, array in self._file.read_packed(self._names[name]).items()}
+        return QuantizedKernel(arrays, self.formats[name], (inputs, outputs), "float32")
+
+    def _put_back(self, name: str, tensor: np.ndarray) -> np.ndarray:
         if self._permuted and ".q_proj." in name:
             return _half_split(tensor, self.config["num_attention_heads"])
         if self._permuted and ".k_proj." in name:

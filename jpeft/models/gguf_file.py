@@ -26,6 +26,8 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate(["u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "u1"])) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _BOOL = 7
 _FLOATS: dict[str, Any] = {"F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "F64": "<f8"}
+# Kinds of blocks of 32 values that are kept as they are: how many float16 numbers and bytes of codes each has.
+PACKED = {"Q4_0": (1, 16), "Q4_1": (2, 16), "Q8_0": (1, 32)}
 # The fewest bytes an entry and a tensor's description can take: counts beyond these are lies.
 _LEAST_ENTRY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 
@@ -184,6 +186,21 @@ class GGUFFile:
                 )
             tensors[name] = GGUFTensor(shape, kind, start + offset, nbytes)
         return tensors
+
+    def read_packed(self, name: str) -> dict[str, np.ndarray]:
+        """The matrix `name`, of one of the kinds in `PACKED`, as `jpeft.quant` stores such blocks, row by row."""
+        tensor = self.tensors[name]
+        header, width = PACKED[tensor.kind.name]
+        raw = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
+        blocks = raw.reshape(tensor.shape[0], -1, 2 * header + width)  # [out, blocks, bytes]
+        floats = np.ascontiguousarray(blocks[..., : 2 * header]).view("<f2")
+        arrays = {name: floats[..., i].copy() for i, name in enumerate(("scales", "minima")[:header])}
+        codes = blocks[..., 2 * header :]
+        if width == 32:
+            return arrays | {"codes": np.ascontiguousarray(codes).view(np.int8).reshape(tensor.shape)}
+        # A byte holds values i and i + 16 of its block there, and neighbours here.
+        spread = np.concatenate([codes & 15, codes >> 4], axis=-1)
+        return arrays | {"codes": ((spread[..., 0::2] << 4) | spread[..., 1::2]).reshape(tensor.shape[0], -1)}
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` in its own float type, as a view of the file, or dequantised to float32."""

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jpeft import paths, surgery
 from jpeft.errors import JpeftError
 from jpeft.models.attention import Attention
 from jpeft.models.config import Config, read_json
 from jpeft.models.families import Family, Slot, check_task, default_task, family, parse_config, slots
 from jpeft.models.model import Model
+from jpeft.models.packed import PackedSource, formats_of, open_packed
 from jpeft.models.tensors import SafetensorsFolder, TensorInfo, TensorSource
+from jpeft.quant import Format, QuantizedKernel, format_of
+from jpeft.quant.linear import in_place_of, targeted
 from jpeft.variables import Trainable, retype
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,6 +47,7 @@ def load(
     attention: str = "xla",
     rngs: nnx.Rngs | None = None,
     revision: str | None = None,
+    quantize: Format | str | None = None,
 ) -> Model:
     """A pretrained model.
 
@@ -52,6 +57,11 @@ def load(
     default: the checkpoint's. pooling: how a classifier sums up a sequence, None for Hugging Face's way or "mean".
     remat: recompute each layer in the backward pass. attention: "xla", "cudnn" or "pallas". rngs: seed of a head that
     the checkpoint does not have (default `nnx.Rngs(0)`); such a head is `Trainable`. revision: of a hub id.
+
+    quantize: `jpeft.NF4()` or another format, or its name ("nf4", "fp4", "int4", "int8"): linear layers are quantised
+    as they are read, so that the model is never held in full precision. "keep": the blocks of a .gguf file (Q4_0, Q4_1,
+    Q8_0) stay as they are; without it they are dequantised. Checkpoints of bitsandbytes, GPTQ and AWQ (4 bits) are
+    always kept as they are.
 
     Raises JpeftError for a source that cannot be read or trusted, and for missing, unexpected and wrongly shaped
     tensors, all of them at once.
@@ -69,7 +79,8 @@ def load(
     abstract = nnx.eval_shape(
         lambda: _build(found, config, task, target, pooling, remat, attention, nnx.Rngs(0)),
     )
-    return _fill(abstract, found, tensors, target, rngs or nnx.Rngs(0), relabelled)
+    packing = _packing(abstract, found, tensors, quantize)
+    return _fill(abstract, found, tensors, target, rngs or nnx.Rngs(0), relabelled, packing)
 
 
 def from_config(
@@ -149,7 +160,8 @@ def open_source(source: str | Path, *, revision: str | None = None) -> tuple[dic
     folder = local_folder(source, revision=revision)
     if not (folder / "config.json").is_file():
         raise JpeftError(f"{folder}: has no config.json; a model folder holds config.json and model.safetensors")
-    return read_json(folder / "config.json"), SafetensorsFolder(folder)
+    raw = read_json(folder / "config.json")
+    return raw, open_packed(raw, SafetensorsFolder(folder))
 
 
 def local_folder(source: str | Path, *, revision: str | None = None) -> Path:
@@ -177,8 +189,9 @@ def local_folder(source: str | Path, *, revision: str | None = None) -> Path:
 
 def _stored_dtype(source: TensorSource) -> Any:
     sizes: Counter[str] = Counter()
-    for info in source.tensors.values():
-        if info.dtype.name in DTYPES:
+    packed = formats_of(source) if isinstance(source, PackedSource) and source.stays else {}
+    for name, info in source.tensors.items():
+        if info.dtype.name in DTYPES and name not in packed:
             sizes[info.dtype.name] += int(np.prod(info.shape))
     return sizes.most_common(1)[0][0] if sizes else "float32"
 
@@ -218,7 +231,51 @@ class _Report:
             )
 
 
-def _fill(model: Model, found: Family, source: TensorSource, dtype: Any, rngs: nnx.Rngs, relabelled: bool) -> Model:
+def _packing(
+    model: Model, found: Family, source: TensorSource, quantize: Format | str | None
+) -> dict[surgery.Path, Format]:
+    """The format of each linear layer that will be held quantised, by its path."""
+    stored = formats_of(source)
+    stays = isinstance(source, PackedSource) and source.stays
+    if quantize not in (None, "keep"):
+        form = format_of(quantize)
+        if stored and stays:
+            raise JpeftError(
+                f"{source.where}: quantize={quantize!r}, but the checkpoint is quantised already, as "
+                f"{next(iter(stored.values()))}; leave quantize out to keep it so"
+            )
+        return dict.fromkeys(targeted(model, form), form)
+    if quantize == "keep" and not stored:
+        raise JpeftError(f"{source.where}: quantize='keep', but no matrix there is stored in a format that can be kept")
+    if quantize is None and not stays:
+        return {}
+    packing: dict[surgery.Path, Format] = {}
+    owners = {node.path: node for node in paths.nodes(model)}
+    for slot in slots(model, found) if stored else []:
+        names = [_stored_name(model, found, name, source.tensors) for name in slot.names]
+        formats = {stored.get(name) for name in names if name in source.tensors}
+        if formats <= {None} or not isinstance(owners[slot.path[:-1]].module, nnx.Linear):
+            continue
+        kept = formats.pop()
+        if formats or kept is None:
+            said = ", ".join(f"{name}: {stored.get(name)}" for name in names[:3])
+            raise JpeftError(
+                f"{source.where}: the layers of {slot.key!r} differ in format ({said}, ...), and a stack of layers has "
+                "one; load them without quantize='keep', or choose a format"
+            )
+        packing[slot.path[:-1]] = kept
+    return packing
+
+
+def _fill(
+    model: Model,
+    found: Family,
+    source: TensorSource,
+    dtype: Any,
+    rngs: nnx.Rngs,
+    relabelled: bool,
+    packing: Mapping[surgery.Path, Format],
+) -> Model:
     tensors = source.tensors
     wanted = slots(model, found)
     stored = {slot.path: [_stored_name(model, found, name, tensors) for name in slot.names] for slot in wanted}
@@ -234,7 +291,9 @@ def _fill(model: Model, found: Family, source: TensorSource, dtype: Any, rngs: n
             continue
         shape = tuple(variables[slot.path].get_value().shape)
         shape = shape[1:] if slot.stacked else shape
-        shape = (*shape[:-2], shape[-1], shape[-2]) if slot.transpose else shape
+        # Quantised matrices are stored (out, in) in every family.
+        kept = _is_packed(slot, packing) and stored[slot.path][0] in formats_of(source)
+        shape = (*shape[:-2], shape[-1], shape[-2]) if slot.transpose or kept else shape
         for name in stored[slot.path]:
             used.add(name)
             info = tensors.get(name)
@@ -249,15 +308,48 @@ def _fill(model: Model, found: Family, source: TensorSource, dtype: Any, rngs: n
             report.unexpected.append(name)
     report.check(source.where)
     filled: list[tuple[Any, nnx.Variable]] = []
+    packed: dict[surgery.Path, Callable[[Any], Any]] = {}
     for slot in wanted:
         variable = variables[slot.path]
-        if slot.path[0] in new:
+        if _is_packed(slot, packing) and slot.path[0] not in new:
+            form = packing[slot.path[:-1]]
+            kernel = _read_packed(source, slot, stored[slot.path], form, dtype)
+            packed[slot.path[:-1]] = functools.partial(in_place_of, kernel=kernel, compute_dtype=form.compute_dtype)
+            value = variable  # still abstract; its module is replaced below
+        elif slot.path[0] in new:
             value = variable.replace(_fresh(key, slot.key, variable.get_value().shape, model.config.initializer_range))
         else:
             value = variable.replace(_read(source, slot, stored[slot.path], variable.get_value().shape, dtype))
             value = retype(value, nnx.Param) if isinstance(value, Trainable) else value
         filled.append((slot.path, value))
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    made: Any = nnx.merge(graphdef, nnx.from_flat_state(filled))
+    if packed:
+        made = surgery.replace(made, packed)
+    return made
+
+
+def _is_packed(slot: Slot, packing: Mapping[surgery.Path, Format]) -> bool:
+    return slot.path[:-1] in packing and slot.path[-1] == "kernel"
+
+
+def _read_packed(source: Any, slot: Slot, names: list[str], form: Format, dtype: Any) -> QuantizedKernel:
+    """One quantised kernel, tensor by tensor: kept as stored, or quantised from `dtype`."""
+    whole: dict[str, np.ndarray] = {}
+    for index, name in enumerate(names):
+        if formats_of(source).get(name) == form:
+            kernel = source.read_packed(name)
+        else:
+            tensor = source.read(name).astype(dtype)
+            try:
+                kernel = form.quantize(np.swapaxes(tensor, -1, -2) if slot.transpose else tensor)
+            except JpeftError as error:
+                raise JpeftError(f"{source.where}: {name!r}: {error}") from None
+        for key, array in kernel.arrays.items():
+            lead = (len(names),) if slot.stacked else ()
+            rows = whole.setdefault(key, np.empty((*lead, *array.shape), array.dtype))
+            rows[(index,) if slot.stacked else ...] = np.asarray(array)
+    arrays = {key: jnp.asarray(array) for key, array in whole.items()}
+    return QuantizedKernel(arrays, form.bare(), kernel.shape, jnp.dtype(dtype).name)
 
 
 def _stored_name(model: Model, found: Family, name: str, tensors: Mapping[str, Any]) -> str:

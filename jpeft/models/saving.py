@@ -6,20 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jpeft import surgery
+from jpeft import paths, surgery
 from jpeft.errors import JpeftError
-from jpeft.models.families import Slot, family, slots
+from jpeft.models.families import Slot, checkpoint_key, family, slots
 from jpeft.models.model import Model
+from jpeft.models.packed import packed_tensors, quantization_config
 from jpeft.models.tensors import WEIGHTS, TensorInfo, write_safetensors, write_whole
-from jpeft.wrapper import Wrapper
+from jpeft.quant import QuantizedLinear
+from jpeft.wrapper import Wrapper, innermost
 
 
 def save(model: Model, folder: str | Path) -> Path:
     """Writes config.json and model.safetensors, which transformers loads to the same logits.
+
+    Layers quantised as NF4, FP4 or Int8() are written as bitsandbytes has them.
 
     Every file appears whole or not at all, config.json last. `pooling="mean"` is written as `classifier_pooling`, which
     `load` reads; transformers' own classifiers pool in their own way whatever it says.
@@ -39,7 +44,21 @@ def save(model: Model, folder: str | Path) -> Path:
     variables = dict(nnx.to_flat_state(nnx.state(model)))
     sources: dict[str, tuple[Slot, int]] = {}
     tensors: dict[str, TensorInfo] = {}
+    packed = {
+        node.path: (node, module)
+        for node in paths.nodes(model)
+        if isinstance(module := innermost(node.module), QuantizedLinear)
+    }
+    parts: dict[str, np.ndarray] = {}
+    for node, module in packed.values():
+        for layer in node.members:
+            name = checkpoint_key(model, found, f"{node.expanded(layer)}.kernel")
+            kernel = module.quantized
+            parts |= packed_tensors(kernel if layer is None else jax.tree.map(lambda a, i=layer: a[i], kernel), name)
+    tensors |= {name: TensorInfo(part.shape, part.dtype) for name, part in parts.items()}
     for slot in slots(model, found):
+        if slot.path[:-1] in packed and slot.path[-1] in packed[slot.path[:-1]][1].arrays:
+            continue
         value = variables[slot.path].get_value()
         shape = value.shape[1:] if slot.stacked else value.shape
         shape = (*shape[:-2], shape[-1], shape[-2]) if slot.transpose else shape
@@ -48,6 +67,8 @@ def save(model: Model, folder: str | Path) -> Path:
             tensors[name] = TensorInfo(tuple(shape), np.dtype(value.dtype))
 
     def read(name: str) -> np.ndarray:
+        if name in parts:
+            return parts[name]
         slot, layer = sources[name]
         value = variables[slot.path].get_value()
         array = np.asarray(value[layer] if slot.stacked else value)
@@ -73,6 +94,9 @@ def _config(model: Model) -> dict[str, Any]:
     for name in ("torch_dtype", "quantization_config", "num_labels", "classifier_pooling"):
         raw.pop(name, None)
     raw["dtype"] = _dtype(model)
+    forms = {module.format for _, module in surgery.modules(model) if isinstance(module, QuantizedLinear)}
+    if forms:
+        raw["quantization_config"] = quantization_config(forms, raw["dtype"])
     raw["tie_word_embeddings"] = config.tie_word_embeddings
     if model.task in ("sequence-classification", "token-classification"):
         raw["id2label"] = {str(index): name for index, name in enumerate(config.labels)}

@@ -118,6 +118,10 @@ class Format:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in where}
         return {"format": self.kind, **fields}
 
+    def __str__(self) -> str:
+        settings = [f"{name}={value!r}" for name, value in self.to_dict().items() if name != "format"]
+        return f"{type(self).__name__}({', '.join(settings)})"
+
     def encode(self, weight: Float[Array, "out in"]) -> dict[str, Array]:
         """Codes and scales of one matrix of float32."""
         raise NotImplementedError(f"{type(self).__name__} defines no encode")

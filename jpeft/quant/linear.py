@@ -120,12 +120,19 @@ class QuantizedLinear(kinds.Packed):
 
 def quantize_layers(model: Any, form: Format) -> Any:
     """A copy of `model` with the linear layers that `form` targets quantised; see `Format.__call__`."""
-    name = type(form).__name__
     if not isinstance(model, nnx.Module):
-        raise JpeftError(f"{name} quantises the linear layers of an nnx.Module, not a {type(model).__name__}")
-    replacements = {}
-    found = resolve(model, targets=form.targets, exclude=form.exclude, kinds=(nnx.Linear,), method=name)
-    for node, _ in found:
+        raise JpeftError(
+            f"{type(form).__name__} quantises the linear layers of an nnx.Module, not a {type(model).__name__}"
+        )
+    chosen = targeted(model, form)
+    return surgery.replace(model, {path: functools.partial(_quantized, form, name) for path, name in chosen.items()})
+
+
+def targeted(model: nnx.Module, form: Format) -> dict[surgery.Path, str]:
+    """Where the linear layers stand that `form` targets, under their wrappers, with their canonical paths."""
+    name = type(form).__name__
+    chosen = {}
+    for node, _ in resolve(model, targets=form.targets, exclude=form.exclude, kinds=(nnx.Linear,), method=name):
         path, module = node.path, node.module
         while isinstance(module, Wrapper):
             path, module = (*path, "base"), module.base
@@ -137,8 +144,8 @@ def quantize_layers(model: Any, form: Format) -> Any:
                 f"{name}: {node.name!r} ({type(module).__name__}) multiplies in a way of its own, which would be lost; "
                 "exclude it"
             )
-        replacements[path] = functools.partial(_quantized, form, node.name)
-    return surgery.replace(model, replacements)
+        chosen[path] = node.name
+    return chosen
 
 
 def _quantized(form: Format, where: str, linear: nnx.Linear) -> QuantizedLinear:
@@ -146,5 +153,10 @@ def _quantized(form: Format, where: str, linear: nnx.Linear) -> QuantizedLinear:
         kernel = form.quantize(linear.kernel.get_value())
     except JpeftError as error:
         raise JpeftError(f"{error} ({where or 'the model itself'!r})") from None
-    dtype = linear.dtype if form.compute_dtype is None else jnp.dtype(form.compute_dtype)
+    return in_place_of(linear, kernel, form.compute_dtype)
+
+
+def in_place_of(linear: nnx.Linear, kernel: QuantizedKernel, compute_dtype: str | None = None) -> QuantizedLinear:
+    """The quantised layer with this kernel and the bias and settings of `linear`."""
+    dtype = linear.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
     return QuantizedLinear(kernel, linear.bias, dtype=dtype, precision=linear.precision)

