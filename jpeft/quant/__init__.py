@@ -1,6 +1,20 @@
 """Quantised frozen bases: formats as values, linear layers that hold codes and scales, and what goes with them."""
 
 from jpeft.quant.formats import FORMATS, FP4, NF4, Format, Int4, Int8, QuantizedKernel, format_of
+from jpeft.quant.initialization import loftq, pissa, qpissa
 from jpeft.quant.linear import QuantizedLinear
 
-__all__ = ["FORMATS", "FP4", "NF4", "Format", "Int4", "Int8", "QuantizedKernel", "QuantizedLinear", "format_of"]
+__all__ = [
+    "FORMATS",
+    "FP4",
+    "NF4",
+    "Format",
+    "Int4",
+    "Int8",
+    "QuantizedKernel",
+    "QuantizedLinear",
+    "format_of",
+    "loftq",
+    "pissa",
+    "qpissa",
+]
