@@ -1,5 +1,6 @@
 """Quantised frozen bases: formats as values, linear layers that hold codes and scales, and what goes with them."""
 
+from jpeft.quant.adam8bit import adam8bit, scale_by_adam8bit
 from jpeft.quant.formats import FORMATS, FP4, NF4, Format, Int4, Int8, QuantizedKernel, format_of
 from jpeft.quant.initialization import loftq, pissa, qpissa
 from jpeft.quant.linear import QuantizedLinear
@@ -13,8 +14,10 @@ __all__ = [
     "Int8",
     "QuantizedKernel",
     "QuantizedLinear",
+    "adam8bit",
     "format_of",
     "loftq",
     "pissa",
     "qpissa",
+    "scale_by_adam8bit",
 ]

@@ -1,4 +1,4 @@
-"""The code books of bitsandbytes: NF4 and FP4 (Dettmers et al. 2023, arXiv:2305.14314) and the 8-bit dynamic type.
+"""The code books of bitsandbytes: NF4 and FP4 (Dettmers et al. 2023, arXiv:2305.14314) and the 8-bit dynamic types.
 
 A code book is a table of values; a number between -1 and 1 gets the code of the nearest value. Which of two values is
 nearest is decided by thresholds, so that a number on the border gets the code that bitsandbytes gives it on a CPU.
@@ -60,15 +60,27 @@ def four_bit(name: str) -> Codebook:
 
 @functools.cache
 def dynamic() -> Codebook:
-    """The 256 values of the signed dynamic type (Dettmers 2015, arXiv:1511.04561): 7 decades, finer towards the top."""
+    """The signed dynamic type with bitsandbytes' borders on a CPU, as it quantises scales."""
+    values = _dynamic_values(signed=True)
+    return Codebook(values, np.arange(256), _first_of_each(values), inclusive=True)
+
+
+@functools.cache
+def moments(*, signed: bool) -> Codebook:
+    """The dynamic type, signed or not, with the borders half-way between its values, as optimizers use it."""
+    values = _dynamic_values(signed=signed)
+    return Codebook(values, np.arange(256), (values[:-1] + values[1:]) / np.float32(2))
+
+
+def _dynamic_values(*, signed: bool) -> np.ndarray:
+    """256 values in 7 decades, finer towards the top (Dettmers 2015, arXiv:1511.04561)."""
     made = [0.0, 1.0]
     for exponent in range(7):
-        edges = _evenly(0.1, 1, 2**exponent + 1)
+        edges = _evenly(0.1, 1, 2 ** (exponent if signed else exponent + 1) + 1)
         means = (edges[:-1] + edges[1:]) / np.float32(2)
         magnitudes = np.float32(10.0 ** (exponent - 6)) * means
-        made += [*magnitudes, *-magnitudes]
-    values = np.sort(np.array(made, np.float32))
-    return Codebook(values, np.arange(256), _first_of_each(values), inclusive=True)
+        made += [*magnitudes, *(-magnitudes if signed else ())]
+    return np.sort(np.array(made, np.float32))
 
 
 def _evenly(first: float, last: float, count: int) -> np.ndarray:
