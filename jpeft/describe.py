@@ -8,14 +8,14 @@ from typing import Any
 
 from flax import nnx
 
-from jpeft import surgery
+from jpeft import kinds, surgery
 from jpeft.partition import variables
-from jpeft.variables import AdapterIds, DropoutKey, Frozen, Trainable
+from jpeft.variables import AdapterIds, DropoutKey, Frozen, Quantized, Trainable
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One array of the model."""
+    """One array of the model. size: how many parameters it holds; of a packed weight, all are counted at its codes."""
 
     path: str
     kind: str
@@ -23,11 +23,7 @@ class Row:
     dtype: str
     trainable: bool
     bytes: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+    size: int
 
     def cells(self) -> tuple[str, ...]:
         """The columns of the printed table."""
@@ -43,12 +39,12 @@ class Description:
 
     @property
     def trainable(self) -> int:
-        """Number of trainable elements."""
+        """Number of trainable parameters."""
         return sum(row.size for row in self.rows if row.trainable)
 
     @property
     def total(self) -> int:
-        """Number of elements."""
+        """Number of parameters."""
         return sum(row.size for row in self.rows)
 
     @property
@@ -87,6 +83,11 @@ def describe(model: nnx.Module) -> Description:
             kind = f"{type(owner).__name__}, frozen"
         elif isinstance(variable, Trainable) or isinstance(owner, nnx.Module):
             kind = f"{type(owner).__name__}, {kind}"
-        size = math.prod(shape) * dtype.itemsize
-        rows.append(Row(key, kind, shape, str(dtype), isinstance(variable, Trainable), size))
+        elements = math.prod(shape)
+        if isinstance(variable, Quantized) and isinstance(owner, kinds.Packed):
+            count = math.prod(owner.weight_shape()) if path[-1] == "codes" else 0
+        else:
+            count = elements
+        nbytes = elements * dtype.itemsize
+        rows.append(Row(key, kind, shape, str(dtype), isinstance(variable, Trainable), nbytes, count))
     return Description(tuple(rows))

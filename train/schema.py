@@ -39,6 +39,11 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="type of the frozen weights; default: as in the checkpoint"
     )
+    base: Literal["nf4", "fp4", "int4", "int8", "keep"] | None = Field(
+        None,
+        description="how the linear layers are stored while an adapter trains: quantised as they load, or kept as in "
+        "a .gguf file; default: in dtype",
+    )
     remat: bool = Field(False, description="recompute layers in the backward pass: less memory, 1.2x the time")
     attention: str = Field("xla", description="implementation of attention: xla, cudnn, ...")
 

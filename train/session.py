@@ -84,6 +84,7 @@ def _load_arguments(config: Config) -> tuple[str, dict[str, Any]]:
         "pooling": model.pooling,
         "remat": model.remat,
         "attention": model.attention,
+        "quantize": model.base,
     }
     return packages.resolve(model.source), settings
 

@@ -79,7 +79,7 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise JpeftError(f"{target}: exists and is not an empty folder; give a new one")
     run = open_run(folder)
-    jpeft.models.save(jpeft.merge(run.model), target)
+    jpeft.models.save(jpeft.merge(run.model, dequantize=True), target)
     if run.labels:
         path = target / "config.json"
         written = json.loads(path.read_text(encoding="utf-8"))
@@ -88,5 +88,7 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
         path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     run.reader.tokenizer.save_pretrained(target)
     yield f"merged into {target}; load it with jpeft.models.load({str(target)!r}) or with transformers"
+    if run.config.model.base is not None:
+        yield "note: the base is quantised, which cannot hold an adapter exactly; the merged model is in full precision"
     if run.config.model.pooling is not None:
         yield "note: transformers' own classifiers do not pool by the mean; jpeft does"
