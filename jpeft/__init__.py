@@ -18,7 +18,7 @@ from jpeft.merge import merge, strip
 from jpeft.methods import METHODS, Compose, LoRA, Method, applied, compose
 from jpeft.multi import multi
 from jpeft.partition import Partition, combine, param_labels, partition, trainable_mask
-from jpeft.quant import FP4, NF4, Int4, Int8
+from jpeft.quant import FP4, NF4, Int4, Int8, quantize
 from jpeft.stack import Stack, run_layers
 from jpeft.targets import listing as list_targets
 from jpeft.training import optimizer, penalty
@@ -81,6 +81,7 @@ __all__ = [
     "param_labels",
     "partition",
     "penalty",
+    "quantize",
     "run_layers",
     "save_adapter",
     "strip",

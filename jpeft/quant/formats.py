@@ -465,3 +465,8 @@ def format_of(given: Format | str) -> Format:
         near = ", ".join(nearest(str(given), FORMATS, 4))
         raise JpeftError(f"{given!r} is no format of quantised weights; choose one of {near}, or pass jpeft.NF4()")
     return FORMATS[given]()
+
+
+def quantize(model: _M, form: Format | str = "nf4") -> _M:
+    """A copy of `model` with its linear layers quantised: `form(model)`, where `form` may be a name as well."""
+    return format_of(form)(model)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jpeft
-from jpeft.quant import format_of
+from jpeft.quant import QuantizedLinear, format_of
 
 # Rows that are whole blocks, and rows that are not.
 FORMATS = [
@@ -106,6 +107,7 @@ def test_settings_are_checked(make: object, said: str) -> None:
 
 
 def test_formats_by_name() -> None:
+    assert isinstance(jpeft.quantize(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), "int8"), QuantizedLinear)
     assert [format_of(name) for name in ("nf4", "fp4", "int4", "int8")] == [
         jpeft.NF4(),
         jpeft.FP4(),
