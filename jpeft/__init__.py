@@ -12,10 +12,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jpeft.baking import bake
 from jpeft.describe import Description, describe
 from jpeft.errors import JpeftError
 from jpeft.merge import merge, strip
-from jpeft.methods import METHODS, Compose, LoRA, Method, applied, compose
+from jpeft.methods import METHODS, Compose, LoRA, Method, PrefixTuning, PTuningV2, applied, compose
 from jpeft.multi import multi
 from jpeft.partition import Partition, combine, param_labels, partition, trainable_mask
 from jpeft.quant import FP4, NF4, Int4, Int8, quantize
@@ -63,11 +64,14 @@ __all__ = [
     "JpeftError",
     "LoRA",
     "Method",
+    "PTuningV2",
     "Partition",
+    "PrefixTuning",
     "Quantized",
     "Stack",
     "Trainable",
     "applied",
+    "bake",
     "combine",
     "compose",
     "describe",

@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft import surgery
+from jpeft.baking import bake
 from jpeft.errors import JpeftError
 from jpeft.partition import GraphDef, combine, partition
 from jpeft.sampling import Sampling, next_tokens
 from jpeft.stack import Stack
+from jpeft.virtual_tokens import most_positions
 
 Cache = dict[str, jax.Array]
 _LEAST_BUCKET = 16
@@ -70,11 +72,15 @@ def generate(
     ends = _tokens("eos_token_id", eos_token_id, _config(model, "eos_token_id"))
     pad = (_tokens("pad_token_id", pad_token_id, _config(model, "pad_token_id"), most=1) or ends or (0,))[0]
     context = None if seq2seq else _config(model, "max_position_embeddings")
+    taken = most_positions(model)
+    context, behind = (
+        (context, "") if context is None or not taken else (context - taken, f" behind {taken} of a prefix")
+    )
     longest = int(mask.sum(axis=1).max())
     if context is not None and longest + max_new_tokens > context:
         raise JpeftError(
             f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}: "
-            f"{longest + max_new_tokens} together, but the model's context is {context}; shorten one of them"
+            f"{longest + max_new_tokens} together, but the model's context is {context}{behind}; shorten one of them"
         )
     if not seq2seq:
         ids, mask = _to_the_right(ids, mask, pad)
@@ -127,7 +133,7 @@ def _generate(
     plan: Plan,
 ) -> tuple[jax.Array, jax.Array]:
     """New tokens [B, plan.new] for padded prompts [B, T], and how many steps were taken."""
-    model = _unrolled(combine(graphdef, *arrays, adapter_ids=rows))
+    model = _unrolled(bake(combine(graphdef, *arrays, adapter_ids=rows)))
     start = _start_seq2seq if plan.seq2seq else _start
     logits, cache = start(model, ids, mask, plan.new)
 

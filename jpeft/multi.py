@@ -47,7 +47,8 @@ def multi(model: nnx.Module, tasks: Sequence[Task]) -> Any:
             unfit.append(key)
             continue
         stacked = retype(variable, type(variable))
-        stacked.set_value(jnp.stack(joined[key], axis=owner.leading))
+        shared = variable.get_metadata().get("shared", False)
+        stacked.set_value(jnp.stack(joined[key], axis=0 if shared else owner.leading))
         setattr(owner, str(path[-1]), stacked)
         owner.adapter_ids = AdapterIds(jnp.zeros((), jnp.int32), shared=True)
     if unfit:

@@ -49,8 +49,12 @@ def _assign(parent: Any, name: Any, value: Any) -> None:
         items: Any = parent
         items[name] = value
     elif isinstance(parent, nnx.Pytree):
-        # nnx.data also turns an attribute that was static (a plain attention function) into one that holds a module.
-        setattr(parent, str(name), nnx.data(value) if isinstance(value, nnx.Pytree) else value)
+        # A plain attention function is static. nnx.data makes the attribute hold a module, nnx.static undoes that.
+        if isinstance(value, nnx.Pytree):
+            value = nnx.data(value)
+        elif callable(value) and not nnx.is_data(value):
+            value = nnx.static(value)
+        setattr(parent, str(name), value)
     else:
         raise JpeftError(
             f"item {name!r} of a {type(parent).__name__} in the model cannot be replaced; keep modules and variables "

@@ -25,6 +25,8 @@ class Wrapper(nnx.Module):
     # Whether variables of several tasks may be stacked on an axis behind the layer axis, one chosen per row (`multi`).
     takes_many: ClassVar[bool] = False
 
+    positions_taken: int = 0  # how many positions the wrapper takes before the first token
+
     base: Any
     name: str
     layers: tuple[int, ...] | None
@@ -46,6 +48,10 @@ class Wrapper(nnx.Module):
     def penalty(self) -> jax.Array | None:
         """What the wrapper adds to the loss, a float32 scalar summed over its layer axes; None for nothing."""
         return None
+
+    def baked(self) -> Wrapper:
+        """What computes the same without the parts that are needed for training only; see `jpeft.bake`."""
+        return self
 
     def fold(self, base: nnx.Module) -> nnx.Module:
         """`base` (which the wrappers inside this one were folded into) as one plain module that computes the same.

@@ -212,9 +212,22 @@ class Entry:
     low: float = 5e-2
 
 
+# Models that hold an `attention_fn`. A prefix is seen from the start, and it moves positions.
+def _prefix(kind: Any, *models: str, **settings: Any) -> Entry:
+    named = {"flax-attention": kind(targets="attention", **settings)}
+    return Entry(kind(**settings), models=models, on=named, starts="elsewhere", merges=False)
+
+
 # One configuration of every registered method, and others that differ in a way of their own.
 METHODS: dict[str, Entry] = {
     "lora": Entry(jpeft.LoRA(rank=2, alpha=3.0), models=tuple(MODELS)),
+    "prefix_tuning": _prefix(
+        jpeft.PrefixTuning,
+        *("flax-attention", "llama", "gpt2", "bert-mean-classifier", "t5"),
+        num_virtual_tokens=3,
+        hidden_size=7,
+    ),
+    "p_tuning_v2": _prefix(jpeft.PTuningV2, "mistral-remat", "roberta", num_virtual_tokens=2),
 }
 
 # Further configurations, which differ in ways that do not depend on the model.

@@ -8,9 +8,12 @@ from jpeft.errors import JpeftError, nearest
 from jpeft.methods.compose import Compose, compose
 from jpeft.methods.lora import LoRA
 from jpeft.methods.method import Method, applied
+from jpeft.methods.prefix import PrefixTuning, PTuningV2
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
+    "prefix_tuning": PrefixTuning,
+    "p_tuning_v2": PTuningV2,
 }
 
 
@@ -23,4 +26,4 @@ def from_dict(config: dict[str, Any]) -> Method:
     return METHODS[name].from_dict(config)
 
 
-__all__ = ["METHODS", "Compose", "LoRA", "Method", "applied", "compose", "from_dict"]
+__all__ = ["METHODS", "Compose", "LoRA", "Method", "PTuningV2", "PrefixTuning", "applied", "compose", "from_dict"]

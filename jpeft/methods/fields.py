@@ -72,6 +72,17 @@ def check_name(method: Any) -> None:
         raise JpeftError(f"{_name(method)}: name={name!r} is not an identifier (a letter, then letters, digits and _)")
 
 
+def token_ids(method: Any, field: str, given: Any) -> tuple[int, ...]:
+    """Token ids (a sequence or an integer array [T]) as a tuple. Raises JpeftError for anything else."""
+    try:
+        made = tuple(whole(token) for token in given)
+    except TypeError:
+        made = (None,)
+    if isinstance(given, str) or not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in made):
+        raise JpeftError(f"{_name(method)}: {field}={given!r}: give token ids, as tokenizer.encode(text) makes them")
+    return made
+
+
 def layer_numbers(given: Any) -> tuple[int, ...] | None:
     """`layers` as a sorted tuple; None stays None. Raises JpeftError for what are no distinct layer numbers."""
     if given is None:

@@ -53,6 +53,10 @@ class Method:
         """`tx` with whatever this method asks of an optimizer of `model`'s adapter; see `jpeft.optimizer`."""
         return tx
 
+    def baked(self) -> Method:
+        """The method of a model that was baked (`jpeft.bake`): without what serves training only."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready data; `from_dict` is its inverse."""
         fields = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}

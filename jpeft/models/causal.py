@@ -18,6 +18,7 @@ from jpeft.models import attention as masks
 from jpeft.models.config import Config
 from jpeft.models.layers import linear
 from jpeft.models.model import Model, check_mask, check_tokens, compiled, last_token, mean_token, new_head
+from jpeft.virtual_tokens import position_offset
 
 Cache = dict[str, jax.Array]
 
@@ -124,7 +125,8 @@ class CausalModel(Model):
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states [B, T, D] after the final norm, and the cache with these tokens in it.
 
-        attention_mask: [B, T], 1 at real tokens. positions: [B, T]; by default counted over real tokens. segment_ids:
+        attention_mask: [B, T], 1 at real tokens. positions: [B, T]; by default counted over real tokens; a prefix moves
+        both on. segment_ids:
         [B, T], for packed texts: a token sees its own segment only, and positions start again in each. cache: from
         `init_cache`; the tokens go into its next slots, of which there must be enough.
         """
@@ -139,6 +141,7 @@ class CausalModel(Model):
             return self._cached(input_ids, attention_mask, positions, cache)
         if positions is None:
             positions = masks.token_positions(attention_mask, segment_ids, input_ids.shape)
+        positions = positions + position_offset(self)
         chosen = layer_masks(input_ids.shape, attention_mask, segment_ids, *self.sliding())
         return self.run(input_ids, positions, chosen, None, None)[0], None
 
@@ -155,6 +158,7 @@ class CausalModel(Model):
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
         if positions is None:
             positions = jnp.maximum(cache["positions"][:, None] + count - 1, 0)
+        positions = positions + position_offset(self)
         window, slides = self.sliding()
         visible = seen[:, None, None, :]
         full = masks.causal_mask(length, room, slot) & visible

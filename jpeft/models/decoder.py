@@ -63,6 +63,11 @@ class SelfAttention(nnx.Module):
         self.head_dim = width
         self.attention_fn = attention
 
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """(heads, head width) of the keys and values."""
+        return self.k_proj.out_features // self.head_dim, self.head_dim
+
     def __call__(
         self, x: jax.Array, index: Any, angles: Any, masks: LayerMasks, arrays: Any, slot: CacheSlot | None
     ) -> tuple[jax.Array, Any]:

@@ -34,6 +34,7 @@ from jpeft.models.encoder_layers import (
 from jpeft.models.families import Family
 from jpeft.models.layers import ACTIVATIONS
 from jpeft.models.model import Model, check_mask, check_tokens, mean_token, new_head
+from jpeft.virtual_tokens import most_positions, position_offset
 
 
 class Encoder(Model):
@@ -54,6 +55,7 @@ class Encoder(Model):
         embedding=("word_embeddings",),
     )
 
+    pads_positions: bool = False  # whether padding has a row of its own in the position table
     config: EncoderConfig
     pooling: str | None
 
@@ -88,10 +90,12 @@ class Encoder(Model):
 
     def check_length(self, input_ids: jax.Array, longest: int) -> None:
         """Refuses rows that are longer than the position table allows."""
-        if input_ids.shape[1] > longest:
+        taken = most_positions(self)
+        if taken + input_ids.shape[1] > longest:
+            behind = f" behind a prefix of {taken}" if taken else ""
             raise JpeftError(
-                f"input_ids: rows of {input_ids.shape[1]} tokens, but this {self.config.model_type} has positions for "
-                f"{longest}; truncate them"
+                f"input_ids: rows of {input_ids.shape[1]} tokens{behind}, but this {self.config.model_type} has "
+                f"positions for {longest}; truncate them"
             )
 
     def forward(
@@ -119,6 +123,9 @@ class Encoder(Model):
             positions = self.default_positions(input_ids)
         check_tokens("token_type_ids", token_type_ids, input_ids)
         check_tokens("positions", positions, input_ids)
+        # Padding keeps RoBERTa's row for it, which is no position.
+        fixed = positions == self.config.pad_token_id if self.pads_positions else False
+        positions = jnp.where(fixed, positions, positions + position_offset(self))
         return self.encoder(self.embeddings(input_ids, token_type_ids, positions), padding_mask(attention_mask))
 
 
@@ -132,6 +139,7 @@ class Roberta(Encoder):
     """RoBERTa without a head."""
 
     base_prefix = "roberta"
+    pads_positions = True
 
     def default_positions(self, input_ids: jax.Array) -> jax.Array:
         """Rows of the position table [B, T] as in training: from `pad_token_id` + 1 over what is not padding."""

@@ -55,6 +55,11 @@ class T5Attention(nnx.Module):
         self.num_heads = config.num_heads
         self.attention_fn = attention
 
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """(heads, head width) of the keys and values."""
+        return self.num_heads, self.k.out_features // self.num_heads
+
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
 

@@ -72,6 +72,11 @@ class SelfAttention(nnx.Module):
         self.num_heads = make.config.num_attention_heads
         self.attention_fn = attention
 
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """(heads, head width) of the keys and values."""
+        return self.num_heads, self.key.out_features // self.num_heads
+
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         heads = (*x.shape[:-1], self.num_heads, -1)
         q, k, v = (project(x).reshape(heads) for project in (self.query, self.key, self.value))  # [B, T, N, H]

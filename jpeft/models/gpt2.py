@@ -20,6 +20,7 @@ from jpeft.models.config import Config, Fields
 from jpeft.models.families import Family
 from jpeft.models.layers import ACTIVATIONS, activation, embed, layer_norm, linear
 from jpeft.stack import Stack, run_layers
+from jpeft.virtual_tokens import most_positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,11 @@ class SelfAttention(nnx.Module):
         self.scale = None if config.scale_weights else 1.0
         self.scale_by_layer = config.scale_by_layer
         self.attention_fn = attention
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """(heads, head width) of the keys and values."""
+        return self.heads, self.c_proj.in_features // self.heads
 
     def __call__(
         self, x: jax.Array, index: Any, masks: LayerMasks, arrays: Any, slot: CacheSlot | None
@@ -146,9 +152,11 @@ class GPT2(CausalModel):
         self, input_ids: jax.Array, positions: jax.Array, layer_masks: LayerMasks, arrays: Any, slot: CacheSlot | None
     ) -> tuple[jax.Array, Any]:
         """Embedding, layers and final norm, and the cache's arrays after them."""
-        if input_ids.shape[1] > self.config.max_position_embeddings:
+        taken = most_positions(self)
+        if taken + input_ids.shape[1] > self.config.max_position_embeddings:
+            behind = f" behind a prefix of {taken}" if taken else ""
             raise JpeftError(
-                f"input_ids: {input_ids.shape[1]} tokens, but this model has learned positions for "
+                f"input_ids: {input_ids.shape[1]} tokens{behind}, but this model has learned positions for "
                 f"{self.config.max_position_embeddings}; cut the texts"
             )
         x = self.wte(input_ids) + self.wpe(positions)

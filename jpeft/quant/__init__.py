@@ -3,7 +3,7 @@
 from jpeft.quant.adam8bit import adam8bit, scale_by_adam8bit
 from jpeft.quant.formats import FORMATS, FP4, NF4, Format, Int4, Int8, QuantizedKernel, format_of, quantize
 from jpeft.quant.initialization import loftq, pissa, qpissa
-from jpeft.quant.linear import QuantizedLinear, QuantizedLinearGeneral
+from jpeft.quant.linear import QuantizedLinear
 from jpeft.quant.sharding import partition_specs
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "Int8",
     "QuantizedKernel",
     "QuantizedLinear",
-    "QuantizedLinearGeneral",
     "adam8bit",
     "format_of",
     "loftq",

@@ -7,7 +7,6 @@ codes and scales. Inside a `Stack` one layer's weight exists at a time.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -54,17 +53,13 @@ class QuantizedLinear(kinds.Packed):
     """In the place of an `nnx.Linear` [in, out]: `y = x dequantised(codes, scales) + bias`.
 
     Its arrays are `Quantized` variables named as in `format`, with the layer axes in front; the bias stays as it was.
-    matrix: (in, out) as numbers. weight_dtype: to which dequantised values are rounded, that of the kernel it was made
-    from. dtype: of the product; None for what input and weight promote to, as in `nnx.Linear`.
+    weight_dtype: to which dequantised values are rounded, that of the kernel it was made from. dtype: of the product;
+    None for what input and weight promote to, as in `nnx.Linear`.
     """
 
     stands_for: ClassVar[type[nnx.Module]] = nnx.Linear
 
-    in_features: Any
-    out_features: Any
-
     def __init__(self, kernel: QuantizedKernel, bias: nnx.Variable | None, *, dtype: Any = None, precision: Any = None):
-        self.matrix = kernel.shape
         self.in_features, self.out_features = kernel.shape
         self.format = kernel.format
         self.weight_dtype = kernel.dtype
@@ -80,84 +75,47 @@ class QuantizedLinear(kinds.Packed):
     def quantized(self) -> QuantizedKernel:
         """The kernel in packed form."""
         arrays = {name: getattr(self, name).get_value() for name in self.arrays}
-        return QuantizedKernel(arrays, self.format, self.matrix, self.weight_dtype)
+        return QuantizedKernel(arrays, self.format, (self.in_features, self.out_features), self.weight_dtype)
 
     def __call__(self, inputs: Float[Array, "*batch in"], out_sharding: Any = None) -> Float[Array, "*batch out"]:
         if out_sharding is not None:
-            raise JpeftError(f"a {type(self).__name__} takes no out_sharding; constrain its output instead")
+            raise JpeftError("a QuantizedLinear takes no out_sharding; constrain its output instead")
         bias = None if self.bias is None else self.bias[...]
         dtype = self.dtype or jnp.result_type(inputs, jnp.dtype(self.weight_dtype), *([] if bias is None else [bias]))
-        y = self._product(inputs.astype(dtype))
+        y = matmul(inputs.astype(dtype), self.quantized.unfolded(), self.precision)
         return y if bias is None else y + bias.astype(dtype)
 
-    def _product(self, x: Array) -> Array:
-        return matmul(x, self.quantized.unfolded(), self.precision)
-
-    def _own_shape(self) -> tuple[int, ...]:
-        return self.matrix
-
     def weight_shape(self) -> tuple[int, ...]:
-        """Lead + the kernel's own axes."""
+        """Lead + [in, out]."""
+        shape = (self.in_features, self.out_features)
         codes: tuple[int, ...] = getattr(self, "codes").shape  # noqa: B009
-        return (*codes[: len(codes) - (2 if self.format.rowwise(self.matrix) else 1)], *self._own_shape())
+        return (*codes[: len(codes) - (2 if self.format.rowwise(shape) else 1)], *shape)
 
     def dense_weight(self, layers: tuple[int, ...] | None = None) -> Float[Array, "..."]:
         """The dequantised kernel in float32, rounded to `weight_dtype` as the forward pass rounds it."""
         kernel = self.quantized
         if layers is not None:
             kernel = jax.tree.map(lambda array: array[jnp.array(layers)], kernel)
-        return self._unfolded(kernel.dequantize()).astype(jnp.float32)
+        return kernel.dequantize().astype(jnp.float32)
 
-    def _unfolded(self, kernel: Array) -> Array:
-        """[*lead, in, out] with the kernel's own axes."""
-        return kernel.reshape(*kernel.shape[:-2], *self._own_shape())
-
-    def _settings(self) -> dict[str, Any]:
-        dtypes = {"dtype": self.dtype, "param_dtype": jnp.dtype(self.weight_dtype)}
-        return {"use_bias": self.use_bias, "precision": self.precision, **dtypes}
-
-    def plain(self) -> Any:
-        """The layer it stands for, with the dequantised kernel in `weight_dtype` and the same bias."""
-        kind: Any = self.stands_for
+    def plain(self) -> nnx.Linear:
+        """An `nnx.Linear` with the dequantised kernel in `weight_dtype` and the same bias."""
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.dtype(self.weight_dtype)}
+        rest: dict[str, Any] = {"use_bias": self.use_bias, "precision": self.precision}
         made: Any = nnx.eval_shape(
-            lambda: kind(self.in_features, self.out_features, **self._settings(), rngs=nnx.Rngs(0))
+            lambda: nnx.Linear(self.in_features, self.out_features, **dtypes, **rest, rngs=nnx.Rngs(0))
         )
-        made.kernel, made.bias = nnx.Param(self._unfolded(self.quantized.dequantize())), nnx.data(self.bias)
+        made.kernel, made.bias = nnx.Param(self.quantized.dequantize()), nnx.data(self.bias)
         return made
 
     def storage(self) -> dict[str, Any]:
         """The format, without what says where it applies."""
         return self.format.to_dict()
 
-    def packed_again(self, plain: Any) -> QuantizedLinear:
+    def packed_again(self, plain: nnx.Linear) -> QuantizedLinear:
         """The weight and bias of `plain` in this layer's format."""
-        value = plain.kernel.get_value()
-        matrix = value.reshape(*value.shape[: value.ndim - len(self._own_shape())], *self.matrix)
-        return in_place_of(plain, self.format.quantize(matrix))
-
-
-class QuantizedLinearGeneral(QuantizedLinear):
-    """In the place of an `nnx.LinearGeneral`, whose kernel [*in, *out] is quantised as the matrix [in, out]."""
-
-    stands_for: ClassVar[type[nnx.Module]] = nnx.LinearGeneral
-
-    def __init__(self, kernel: QuantizedKernel, linear: nnx.LinearGeneral, *, dtype: Any = None):
-        super().__init__(kernel, linear.bias, dtype=dtype, precision=linear.precision)
-        self.in_features, self.out_features = tuple(linear.in_features), tuple(linear.out_features)
-        self.axis, self.batch_axis = linear.axis, linear.batch_axis
-
-    def _own_shape(self) -> tuple[int, ...]:
-        return (*self.in_features, *self.out_features)
-
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "axis": self.axis}
-
-    def _product(self, x: Array) -> Array:
-        axes = sorted(axis % x.ndim for axis in self.axis)  # Flax contracts them in this order
-        rest = [axis for axis in range(x.ndim) if axis not in axes]
-        moved = jnp.transpose(x, (*rest, *axes))
-        kept = moved.shape[: len(rest)]
-        return super()._product(moved.reshape(*kept, -1)).reshape(*kept, *self.out_features)
+        kernel = self.format.quantize(plain.kernel.get_value())
+        return QuantizedLinear(kernel, plain.bias, dtype=self.dtype, precision=self.precision)
 
 
 def quantize_layers(model: Any, form: Format) -> Any:
@@ -174,14 +132,14 @@ def targeted(model: nnx.Module, form: Format) -> dict[surgery.Path, str]:
     """Where the linear layers stand that `form` targets, under their wrappers, with their canonical paths."""
     name = type(form).__name__
     chosen = {}
-    kinds_here = (nnx.Linear, nnx.LinearGeneral)
-    for node, _ in resolve(model, targets=form.targets, exclude=form.exclude, kinds=kinds_here, method=name):
+    for node, _ in resolve(model, targets=form.targets, exclude=form.exclude, kinds=(nnx.Linear,), method=name):
         path, module = node.path, node.module
         while isinstance(module, Wrapper):
             path, module = (*path, "base"), module.base
         if isinstance(module, QuantizedLinear):
             raise JpeftError(f"{name}: {node.name!r} is quantised already ({module.format}); exclude it")
-        if not _is_plain(module):
+        own = (type(module).__call__, module.dot_general, module.promote_dtype, module.preferred_element_type)
+        if own != (nnx.Linear.__call__, jax.lax.dot_general, promote_dtype, None):
             raise JpeftError(
                 f"{name}: {node.name!r} ({type(module).__name__}) multiplies in a way of its own, which would be lost; "
                 "exclude it"
@@ -190,33 +148,15 @@ def targeted(model: nnx.Module, form: Format) -> dict[surgery.Path, str]:
     return chosen
 
 
-def _is_plain(linear: Any) -> bool:
-    """Whether the layer computes what its kind computes with Flax's defaults."""
-    kind: Any = kinds.kind_of(linear)
-    custom = (getattr(linear, "batch_axis", None), getattr(linear, "dot_general_cls", None))
-    return (
-        type(linear).__call__ is kind.__call__
-        and linear.dot_general in (None, jax.lax.dot_general)
-        and (linear.promote_dtype, linear.preferred_element_type) == (promote_dtype, None)
-        and not any(custom)
-    )
-
-
-def _quantized(form: Format, where: str, linear: Any) -> QuantizedLinear:
-    value = linear.kernel.get_value()
-    if isinstance(linear, nnx.LinearGeneral):
-        lead = value.shape[: value.ndim - len(linear.in_features) - len(linear.out_features)]
-        value = value.reshape(*lead, math.prod(linear.in_features), math.prod(linear.out_features))
+def _quantized(form: Format, where: str, linear: nnx.Linear) -> QuantizedLinear:
     try:
-        kernel = form.quantize(value)
+        kernel = form.quantize(linear.kernel.get_value())
     except JpeftError as error:
         raise JpeftError(f"{error} ({where or 'the model itself'!r})") from None
     return in_place_of(linear, kernel, form.compute_dtype)
 
 
-def in_place_of(linear: Any, kernel: QuantizedKernel, compute_dtype: str | None = None) -> QuantizedLinear:
-    """The quantised layer with this kernel and the bias and settings of `linear`, a Linear or LinearGeneral."""
+def in_place_of(linear: nnx.Linear, kernel: QuantizedKernel, compute_dtype: str | None = None) -> QuantizedLinear:
+    """The quantised layer with this kernel and the bias and settings of `linear`."""
     dtype = linear.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
-    if isinstance(linear, nnx.LinearGeneral):
-        return QuantizedLinearGeneral(kernel, linear, dtype=dtype)
     return QuantizedLinear(kernel, linear.bias, dtype=dtype, precision=linear.precision)

@@ -7,7 +7,6 @@ from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
 
-from jpeft import kinds
 from jpeft.errors import JpeftError
 from jpeft.quant.linear import QuantizedLinear
 
@@ -21,12 +20,12 @@ def partition_specs(layer: QuantizedLinear, kernel: PartitionSpec, mesh: Mesh) -
     Raises JpeftError if an axis cannot be divided without cutting a block in two, naming the sizes that work.
     """
     along_in, along_out, *_ = (*kernel, None, None)
-    features_in, features_out = layer.matrix
+    shape = (layer.in_features, layer.out_features)
     block = getattr(layer.format, "block_size", None) or 1
-    rowwise = layer.format.rowwise(layer.matrix)
-    _check("in", along_in, features_in // block if rowwise else 0, f"blocks of {block} inputs", mesh, layer)
-    _check("out", along_out, features_out if rowwise else 0, "output features", mesh, layer)
-    leading = (None,) * len(kinds.lead(layer))
+    rowwise = layer.format.rowwise(shape)
+    _check("in", along_in, layer.in_features // block if rowwise else 0, f"blocks of {block} inputs", mesh, layer)
+    _check("out", along_out, layer.out_features if rowwise else 0, "output features", mesh, layer)
+    leading = (None,) * (len(layer.weight_shape()) - 2)
     specs = {}
     for name in layer.arrays:
         axes: tuple[Any, ...]
@@ -37,7 +36,7 @@ def partition_specs(layer: QuantizedLinear, kernel: PartitionSpec, mesh: Mesh) -
         else:
             axes = (along_out, along_in)
         specs[name] = PartitionSpec(*leading, *axes)
-    if layer.bias is not None and type(layer) is QuantizedLinear:
+    if layer.bias is not None:
         specs["bias"] = PartitionSpec(*leading, along_out)
     return specs
 
@@ -52,7 +51,7 @@ def _check(side: str, names: Any, parts: int, of: str, mesh: Mesh, layer: Quanti
     size = math.prod(mesh.shape[axis] for axis in axes)
     if size == 1 or (parts and parts % size == 0):
         return
-    what = f"a kernel {list(layer.matrix)} quantised as {layer.format}"
+    what = f"a kernel [{layer.in_features}, {layer.out_features}] quantised as {layer.format}"
     if not parts:
         raise JpeftError(f"{what}: its rows are no whole blocks, so it cannot be sharded; choose another block_size")
     works = [divisor for divisor in range(1, parts + 1) if parts % divisor == 0]
