@@ -22,7 +22,7 @@ Array = Any  # np.ndarray or jax.Array
 
 def library(array: Array) -> Any:
     """`numpy` or `jax.numpy`, whichever the array belongs to."""
-    return np if isinstance(array, np.ndarray) else jnp
+    return np if isinstance(array, np.ndarray | np.generic) else jnp
 
 
 def split(values: Float[Array, "*lead n"], size: int) -> Float[Array, "*lead blocks size"]:
@@ -81,6 +81,13 @@ def look_up(values: np.ndarray, codes: UInt8[Array, "..."]) -> Float[Array, "...
     return choose(len(values) // 2, values)
 
 
+def quotient(values: Array, divisor: Array) -> Array:
+    """values / divisor, rounded once: the compiler replaces a division by one number with a product."""
+    if library(divisor) is np:
+        return values / divisor
+    return values / jax.lax.optimization_barrier(jnp.broadcast_to(divisor, values.shape))
+
+
 def mean(values: Float[Array, "n"]) -> Float[Array, ""]:
     """The mean of a vector of float32, added up in the order in which torch adds on a CPU with one thread.
 
@@ -93,9 +100,7 @@ def mean(values: Float[Array, "n"]) -> Float[Array, ""]:
     total = xp.float32(0)
     for part in (*values[whole:], *lanes):
         total = total + part
-    # Hidden from the compiler, which replaces a division by a constant with a product, rounded otherwise.
-    divisor = np.float32(count) if xp is np else jax.lax.optimization_barrier(jnp.float32(count))
-    return total / divisor
+    return quotient(total, xp.float32(count))
 
 
 def _rows(values: Array) -> Array:

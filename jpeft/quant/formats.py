@@ -39,6 +39,7 @@ _GROUP = 256  # scales that share a scale of their own under double quantisation
 _LEAST = np.float32(1e-38)  # the smallest divisor; also the scale of a last block that is not full and all zero
 # Compiled code treats float32 below 2^-126 as zero. Values outside of these bounds may lead there.
 _TINY, _HUGE = 2.0**-100, 2.0**100
+_SMALL = 2**18  # elements up to which NumPy is as quick as compiling
 
 _M = TypeVar("_M", bound=nnx.Module)
 
@@ -90,16 +91,24 @@ class Format:
         return QuantizedKernel(arrays, bare, (features_in, features_out), dtype.name)
 
     def _encode_concrete(self, values: Array) -> dict[str, Array]:
-        finite, plain = (np.asarray(flag) for flag in _survey(values))
-        if not np.all(finite):
+        device = _only_device(values)
+        finite = plain = None
+        if device is None or math.prod(values.shape) > _SMALL:
+            finite, plain = (bool(np.all(np.asarray(flag))) for flag in _survey(values))
+        elif not isinstance(values, np.ndarray):
+            values = np.asarray(values)
+        if not (bool(np.all(np.isfinite(values))) if finite is None else finite):
             raise JpeftError(f"{type(self).__name__}: the weight has values that are not finite")
-        if np.all(plain):
+        if plain:
             arrays = _encode_all(self, jnp.asarray(values))
-        else:  # layer by layer in NumPy, which keeps what compiled code takes for zero
+        else:
+            # Matrix by matrix in NumPy, which keeps what compiled code takes for zero, and compiles nothing.
             rows = [np.ascontiguousarray(np.asarray(value).astype(np.float32).T) for value in values]
             with np.errstate(all="ignore"):
                 made = [self.encode(row) for row in rows]
-            arrays = {name: jnp.asarray(np.stack([one[name] for one in made])) for name in made[0]}
+            # Not tied to the device where it is the default one, as the arrays of a new model are not.
+            device = None if device is None or device == jax.local_devices()[0] else device
+            arrays = {name: jnp.asarray(np.stack([one[name] for one in made]), device=device) for name in made[0]}
         for name, array in arrays.items():
             if jnp.issubdtype(array.dtype, jnp.floating) and not np.all(np.isfinite(np.asarray(array))):
                 raise JpeftError(
@@ -182,8 +191,14 @@ class QuantizedKernel:
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "*lead in out"]:
         """The kernel, each value rounded once to `dtype` (default: the dtype of the kernel it was made from)."""
-        with np.errstate(under="ignore"):  # a subnormal number in a narrower dtype
+        with np.errstate(under="ignore", over="ignore"):  # into a narrower dtype
             return jnp.asarray(self.weight().astype(jnp.dtype(dtype or self.dtype)).swapaxes(-1, -2))
+
+
+def _only_device(array: Array) -> Any:
+    """The one device the array is on (the default one for NumPy's), or None if it is spread over several."""
+    devices = jax.local_devices()[:1] if isinstance(array, np.ndarray) else array.devices()
+    return next(iter(devices)) if len(devices) == 1 else None
 
 
 def _wide(array: Array) -> Array:
@@ -193,8 +208,10 @@ def _wide(array: Array) -> Array:
 def _outside(arrays: dict[str, Array]) -> dict[str, Array]:
     """The arrays as NumPy's where compiled code would take some of their products for zero, else as they are."""
     floats = [array for array in arrays.values() if jnp.issubdtype(array.dtype, jnp.floating)]
-    if any(isinstance(array, jax.core.Tracer) for array in floats):
+    if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
         return arrays
+    if all(_only_device(array) is not None and array.size <= _SMALL for array in arrays.values()):
+        return {name: np.asarray(array) for name, array in arrays.items()}
     if all(np.all(np.asarray(_survey(array.reshape(1, -1, 1))[1])) for array in floats):
         return arrays
     return {name: np.asarray(array) for name, array in arrays.items()}
@@ -274,7 +291,7 @@ class _CodeBook(Format):
         divisor = xp.where(scales > 0, xp.maximum(scales, _LEAST), np.float32(1))
         ratios = grouped * (np.float32(1) / divisor)[:, None]
         if partial:
-            ratios = xp.concatenate([ratios[:-1], grouped[-1:] / divisor[-1:, None]])
+            ratios = xp.concatenate([ratios[:-1], blocks.quotient(grouped[-1:], divisor[-1:, None])])
         book = four_bit(self.kind)
         codes = blocks.nearest(book, xp.clip(ratios, -1, 1)).reshape(-1)[: flat.shape[0]]
         filler = int(np.flatnonzero(book.values == 0)[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ def same(ours: Any, theirs: Any) -> bool:
     return np.array_equal(np.asarray(ours).reshape(-1), theirs.numpy().reshape(-1))
 
 
-def check(weight: np.ndarray, dtype: str, kind: str, block_size: int, double_quant: bool) -> None:
+def check(
+    weight: np.ndarray, dtype: str, kind: str, block_size: int, double_quant: bool, *, compiled: bool = False
+) -> None:
     """weight: (out, in), float32; quantised in `dtype` by both."""
     theirs = torch.from_numpy(weight).to(DTYPES[dtype])
     codes, state = functional.quantize_4bit(
@@ -57,16 +60,21 @@ def check(weight: np.ndarray, dtype: str, kind: str, block_size: int, double_qua
     # As one row of even length: the kernel for matrices takes wrong scales where rows are not whole blocks.
     state.shape = torch.Size([weight.size + weight.size % 2])
     values = functional.dequantize_4bit(codes, state).reshape(-1)[: weight.size].reshape(weight.shape)
+    if compiled:  # as larger weights are, and those that are traced
+        traced = jax.jit(form.quantize)(jnp.asarray(theirs.float().numpy().T).astype(dtype))
+        assert all(np.array_equal(traced.arrays[name], array) for name, array in q.arrays.items())
+        assert np.array_equal(jax.jit(lambda q: q.dequantize())(traced), q.dequantize())
     made = q.dequantize()
     assert made.dtype == dtype
     assert np.array_equal(np.asarray(made.astype(jnp.float32)), values.float().numpy().T)
 
 
-# 28,800, 16,384, 16,385 and 15 elements: several groups of scales, exactly one, one more block, less than a block.
-@pytest.mark.parametrize("shape", [(300, 96), (128, 128), (5, 3277), (3, 5)])
+# 28,800, 16,384, 16,385 and 15 elements: several groups of scales, exactly one, one more block, less than a block; and
+# one whose last block is nearly full.
+@pytest.mark.parametrize("shape", [(300, 96), (128, 128), (5, 3277), (3, 5), (35, 45)])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_sizes(shape: tuple[int, int], kind: str) -> None:
-    check(normal(*shape), "float32", kind, 64, double_quant=True)
+    check(normal(*shape), "float32", kind, 64, double_quant=True, compiled=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
