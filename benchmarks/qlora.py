@@ -8,7 +8,7 @@ bits: of the linear layers, from the arrays. error: relative Frobenius norm over
 temporaries: what the compiled LoRA step needs beside its arguments and results, no layer rematerialised. time: LoRA's
 forward pass and step relative to those on the unquantised base, medians of interleaved rounds. With --train STEPS and
 --model: the perplexity of held-out windows after LoRA on the others, on the unquantised base and on NF4, for each of
---seeds.
+--seeds. With --plan 8B 70B: what a step of LoRA needs on Llama 3.1 of that size, compiled without any array.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ LLAMA = {
     "max_position_embeddings": 1024,
 }
 WINDOW = 256
+LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+SIZES: dict[str, dict[str, Any]] = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
 
 
 def make(depth: int, form: Any = None, *, adapted: bool = True) -> Any:
@@ -148,6 +153,24 @@ def training(base: Any, windows: np.ndarray, steps: int, seeds: list[int]) -> No
         print(f"{name} | " + " | ".join(f"{score:.3f}" for score in scores))
 
 
+def plan(sizes: list[str]) -> None:
+    """Base and temporaries of a step on one row of 2,048 tokens: bfloat16, rematerialised, LoRA of rank 16."""
+    print("model | base: bfloat16, GiB | base: NF4, GiB | temporaries of the step on NF4, GiB\n---|---|---|---")
+    for size in sizes:
+
+        def model(form: Any, size: str = size) -> Any:
+            config = {**LLAMA_3, **SIZES[size]}
+            base = jpeft.models.from_config(config, task="causal-lm", dtype="bfloat16", remat=True, rngs=nnx.Rngs(0))
+            return jpeft.LoRA(rank=16)(base if form is None else form(base), rngs=0)
+
+        dense, packed = (jpeft.partition(nnx.eval_shape(lambda f=form: model(f))) for form in (None, jpeft.NF4()))
+        held = [sum(a.size * a.dtype.itemsize for a in parts.frozen.values()) / 2**30 for parts in (dense, packed)]
+        ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+        compiled = step_of(packed.graphdef, backward=True).lower(*packed[1:], ids).compile()
+        temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
+        print(f"{size} | {held[0]:.1f} | {held[1]:.1f} | {temporaries:.1f}")
+
+
 def quality(base: Any, tokens: np.ndarray | None) -> None:
     """Bits, error and, of a real model, perplexity by format."""
     print("format | bits per weight | relative error | perplexity\n---|---|---|---")
@@ -179,6 +202,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--text", type=Path, nargs="+", default=[])
     parser.add_argument("--windows", type=int, default=16, help=f"how many windows of {WINDOW} tokens")
+    parser.add_argument("--plan", nargs="+", choices=SIZES, default=[])
     parser.add_argument("--train", type=int, metavar="STEPS")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
@@ -186,6 +210,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs=2, default=[4, 128])
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    if args.plan:
+        plan(args.plan)
+        return
     base = make(4, adapted=False) if args.model is None else jpeft.models.load(args.model, dtype="float32")
     windows = None if args.model is None else windows_of(args.model, args.text, args.windows)
     if args.train:

@@ -141,6 +141,19 @@ def test_step_temporaries_hold_one_dequantised_layer() -> None:
         assert (temporaries(9, remat) - temporaries(3, remat)) / 6 < 128 * 128 / 2  # not even the codes of a layer
 
 
+def test_many_adapters_share_one_dequantised_weight(pair: tuple[Any, Any]) -> None:
+    parts = jpeft.partition(pair[0])
+    adapters = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(zoo.trained(parts, seed) for seed in range(5)))
+
+    def loss(adapter: Any) -> jax.Array:
+        return jnp.mean(jpeft.combine(parts.graphdef, adapter, parts.buffers, parts.frozen)(zoo.ids()) ** 2)
+
+    program = str(jax.make_jaxpr(jax.vmap(jax.grad(loss)))(adapters))
+    assert "f32[20,12]" in program  # a weight (out, in), dequantised
+    assert "f32[5,20,12]" not in program
+    assert "u8[5," not in program
+
+
 def test_merging() -> None:
     base = stack()
     adapted = jpeft.LoRA(rank=2, targets=["up"])(FORM(base), rngs=0)
