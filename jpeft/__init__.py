@@ -16,7 +16,18 @@ from jpeft.baking import bake
 from jpeft.describe import Description, describe
 from jpeft.errors import JpeftError
 from jpeft.merge import merge, strip
-from jpeft.methods import METHODS, Compose, LoRA, Method, PrefixTuning, PTuningV2, applied, compose
+from jpeft.methods import (
+    METHODS,
+    Compose,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    applied,
+    compose,
+)
 from jpeft.multi import multi
 from jpeft.partition import Partition, combine, param_labels, partition, trainable_mask
 from jpeft.quant import FP4, NF4, Int4, Int8, quantize
@@ -24,6 +35,7 @@ from jpeft.stack import Stack, run_layers
 from jpeft.targets import listing as list_targets
 from jpeft.training import optimizer, penalty
 from jpeft.variables import AdapterBuffer, AdapterIds, DropoutKey, Frozen, Quantized, Trainable
+from jpeft.virtual_tokens import insert_prompt
 
 if TYPE_CHECKING:
     from jpeft import models
@@ -64,9 +76,11 @@ __all__ = [
     "JpeftError",
     "LoRA",
     "Method",
+    "PTuning",
     "PTuningV2",
     "Partition",
     "PrefixTuning",
+    "PromptTuning",
     "Quantized",
     "Stack",
     "Trainable",
@@ -76,6 +90,7 @@ __all__ = [
     "compose",
     "describe",
     "generate",
+    "insert_prompt",
     "list_targets",
     "load_adapter",
     "merge",

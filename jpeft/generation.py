@@ -23,7 +23,7 @@ from jpeft.errors import JpeftError
 from jpeft.partition import GraphDef, combine, partition
 from jpeft.sampling import Sampling, next_tokens
 from jpeft.stack import Stack
-from jpeft.virtual_tokens import most_positions
+from jpeft.virtual_tokens import inserted_before_decoding, places_taken, prompt_of
 
 Cache = dict[str, jax.Array]
 _LEAST_BUCKET = 16
@@ -72,9 +72,9 @@ def generate(
     ends = _tokens("eos_token_id", eos_token_id, _config(model, "eos_token_id"))
     pad = (_tokens("pad_token_id", pad_token_id, _config(model, "pad_token_id"), most=1) or ends or (0,))[0]
     context = None if seq2seq else _config(model, "max_position_embeddings")
-    taken = most_positions(model)
+    taken = places_taken(model)
     context, behind = (
-        (context, "") if context is None or not taken else (context - taken, f" behind {taken} of a prefix")
+        (context, "") if context is None or not taken else (context - taken, f" beside {taken} virtual tokens")
     )
     longest = int(mask.sum(axis=1).max())
     if context is not None and longest + max_new_tokens > context:
@@ -134,6 +134,7 @@ def _generate(
 ) -> tuple[jax.Array, jax.Array]:
     """New tokens [B, plan.new] for padded prompts [B, T], and how many steps were taken."""
     model = _unrolled(bake(combine(graphdef, *arrays, adapter_ids=rows)))
+    ids, mask = inserted_before_decoding(model, ids, mask)
     start = _start_seq2seq if plan.seq2seq else _start
     logits, cache = start(model, ids, mask, plan.new)
 
@@ -258,6 +259,8 @@ def _prompt(model: Any, input_ids: Any, attention_mask: Any) -> tuple[np.ndarray
             f"input_ids: rows {empty.tolist()[:8] or 'none'} of {list(ids.shape)} have a real token to go on from"
         )
     size = getattr(_embedding(model), "num_embeddings", _config(model, "vocab_size"))
+    prompt = prompt_of(model)
+    size += prompt.virtual_tokens if prompt is not None and prompt.position is None else 0
     odd = np.argwhere(mask & ((ids < 0) | (ids >= size)))
     if len(odd):
         row, column = odd[0]

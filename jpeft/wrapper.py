@@ -26,6 +26,8 @@ class Wrapper(nnx.Module):
     takes_many: ClassVar[bool] = False
 
     positions_taken: int = 0  # how many positions the wrapper takes before the first token
+    virtual_tokens: int = 0  # how many ids above the vocabulary an embedding's wrapper knows
+    position: Any = None  # where they go in: see `jpeft.virtual_tokens`
 
     base: Any
     name: str

@@ -218,6 +218,9 @@ def _prefix(kind: Any, *models: str, **settings: Any) -> Entry:
     return Entry(kind(**settings), models=models, on=named, starts="elsewhere", merges=False)
 
 
+# Models that put virtual tokens in by themselves.
+_PROMPTED = ("llama", "mistral-remat", "gpt2", "bert-mean-classifier", "t5")
+
 # One configuration of every registered method, and others that differ in a way of their own.
 METHODS: dict[str, Entry] = {
     "lora": Entry(jpeft.LoRA(rank=2, alpha=3.0), models=tuple(MODELS)),
@@ -228,6 +231,15 @@ METHODS: dict[str, Entry] = {
         hidden_size=7,
     ),
     "p_tuning_v2": _prefix(jpeft.PTuningV2, "mistral-remat", "roberta", num_virtual_tokens=2),
+    "prompt_tuning": Entry(
+        jpeft.PromptTuning(num_virtual_tokens=3), models=_PROMPTED, starts="elsewhere", merges=False
+    ),
+    "p_tuning": Entry(
+        jpeft.PTuning(num_virtual_tokens=3, hidden_size=5, encoder_layers=1, position=(0, 2, 4)),
+        models=("llama", "bert-mean-classifier"),
+        starts="elsewhere",
+        merges=False,
+    ),
 }
 
 # Further configurations, which differ in ways that do not depend on the model.

@@ -13,6 +13,7 @@ from flax import nnx
 
 import jpeft
 from jpeft.errors import JpeftError
+from jpeft.virtual_tokens import places_taken
 from train import config as configs
 from train import packages
 from train.data import form_of
@@ -104,9 +105,9 @@ def takes_types(model: Any) -> bool:
 
 
 def context(model: Any) -> int | None:
-    """The most tokens that the model has positions for, if there is a limit."""
+    """The most tokens that the model has positions for beside its virtual ones, if there is a limit."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
+    return limit - places_taken(model) if isinstance(limit, int) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,7 @@ def open_run(folder: Path, *, adapted: bool = True) -> Run:
     if not (home / ADAPTER).exists():
         raise JpeftError(f"{home}: the run has no adapter yet; it was not finished")
     model = base_model(config)
+    model = jpeft.load_adapter(home / ADAPTER, model) if adapted else model
     limit = min(config.data.max_length, context(model) or config.data.max_length)
     reader = Reader(tokenizer(config), limit, types=takes_types(model))
-    return Run(config, jpeft.load_adapter(home / ADAPTER, model) if adapted else model, reader)
+    return Run(config, model, reader)

@@ -9,11 +9,14 @@ from jpeft.methods.compose import Compose, compose
 from jpeft.methods.lora import LoRA
 from jpeft.methods.method import Method, applied
 from jpeft.methods.prefix import PrefixTuning, PTuningV2
+from jpeft.methods.prompt import PromptTuning, PTuning
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "prefix_tuning": PrefixTuning,
     "p_tuning_v2": PTuningV2,
+    "prompt_tuning": PromptTuning,
+    "p_tuning": PTuning,
 }
 
 
@@ -26,4 +29,16 @@ def from_dict(config: dict[str, Any]) -> Method:
     return METHODS[name].from_dict(config)
 
 
-__all__ = ["METHODS", "Compose", "LoRA", "Method", "PTuningV2", "PrefixTuning", "applied", "compose", "from_dict"]
+__all__ = [
+    "METHODS",
+    "Compose",
+    "LoRA",
+    "Method",
+    "PTuning",
+    "PTuningV2",
+    "PrefixTuning",
+    "PromptTuning",
+    "applied",
+    "compose",
+    "from_dict",
+]

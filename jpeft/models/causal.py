@@ -18,7 +18,7 @@ from jpeft.models import attention as masks
 from jpeft.models.config import Config
 from jpeft.models.layers import linear
 from jpeft.models.model import Model, check_mask, check_tokens, compiled, last_token, mean_token, new_head
-from jpeft.virtual_tokens import position_offset
+from jpeft.virtual_tokens import position_offset, with_prompt
 
 Cache = dict[str, jax.Array]
 
@@ -177,11 +177,27 @@ class CausalModel(Model):
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states [B, T, D] after the final norm, for losses that compute the logits in blocks."""
-        return self.states(input_ids, attention_mask, positions, segment_ids)[0]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def run(
+            input_ids: jax.Array,
+            attention_mask: jax.Array | None,
+            positions: jax.Array | None,
+            segment_ids: jax.Array | None,
+        ) -> jax.Array:
+            return self.states(input_ids, attention_mask, positions, segment_ids)[0]
+
+        return with_prompt(self, run, input_ids, attention_mask, positions, segment_ids)
+
+    def forward(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
         """The arguments of `states`: hidden states [B, T, D]; with `cache=`, a pair of them and the cache."""
-        hidden, cache = self.states(*args, **kwargs)
+        hidden, cache = self.states(input_ids, attention_mask, positions, segment_ids, cache)
         return hidden if cache is None else (hidden, cache)
 
 
@@ -241,7 +257,7 @@ class ClassifierHead(CausalModel):
             )
         )
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: jax.Array,
         attention_mask: jax.Array | None = None,

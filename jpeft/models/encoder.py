@@ -34,7 +34,7 @@ from jpeft.models.encoder_layers import (
 from jpeft.models.families import Family
 from jpeft.models.layers import ACTIVATIONS
 from jpeft.models.model import Model, check_mask, check_tokens, mean_token, new_head
-from jpeft.virtual_tokens import most_positions, position_offset
+from jpeft.virtual_tokens import most_positions, position_offset, with_prompt
 
 
 class Encoder(Model):
@@ -105,16 +105,20 @@ class Encoder(Model):
         token_type_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        return self.output(self.hidden(input_ids, attention_mask, token_type_ids, positions), attention_mask)
+        return self.output(self.states(input_ids, attention_mask, token_type_ids, positions), attention_mask)
 
-    def hidden(
+    def hidden(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """The last hidden state [B, T, D]."""
+        return with_prompt(self, self.states, *args, **kwargs)
+
+    def states(
         self,
         input_ids: jax.Array,
         attention_mask: jax.Array | None = None,
         token_type_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """The last hidden state [B, T, D]."""
+        """The last hidden state [B, T, D] of the tokens as they are."""
         check_tokens("input_ids", input_ids)
         check_mask("attention_mask", attention_mask, input_ids)
         if token_type_ids is None:

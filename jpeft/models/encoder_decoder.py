@@ -28,6 +28,7 @@ from jpeft.models.encoder_decoder_layers import CROSS, T5Stack
 from jpeft.models.families import Family
 from jpeft.models.layers import embed, linear
 from jpeft.models.model import Model, check_mask, check_tokens, compiled, last_token, mean_token, new_head
+from jpeft.virtual_tokens import with_prompt
 
 Cache = dict[str, jax.Array]
 
@@ -129,16 +130,20 @@ class T5(T5Encoder):
         decoder_input_ids: jax.Array | None = None,
         decoder_attention_mask: jax.Array | None = None,
     ) -> jax.Array:
-        return self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+        return self.states(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
 
-    def hidden(
+    def hidden(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """The decoder's last hidden state [B, T, D]."""
+        return with_prompt(self, self.states, *args, **kwargs)
+
+    def states(
         self,
         input_ids: jax.Array,
         attention_mask: jax.Array | None = None,
         decoder_input_ids: jax.Array | None = None,
         decoder_attention_mask: jax.Array | None = None,
     ) -> jax.Array:
-        """The decoder's last hidden state [B, T, D]."""
+        """The decoder's last hidden state [B, T, D], of the tokens as they are."""
         if decoder_input_ids is None:
             raise JpeftError(
                 "decoder_input_ids is missing: an encoder-decoder needs the tokens so far (model.shift_right(labels) "
@@ -254,7 +259,7 @@ class T5ForConditionalGeneration(T5):
         decoder_input_ids: jax.Array | None = None,
         decoder_attention_mask: jax.Array | None = None,
     ) -> jax.Array:
-        return self.logits(self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask))
+        return self.logits(self.states(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask))
 
     def output(self, hidden: jax.Array) -> jax.Array:
         return self.logits(hidden)
@@ -315,7 +320,7 @@ class T5ForSequenceClassification(T5):
         if decoder_input_ids is None:
             decoder_input_ids = self.shift_right(input_ids)
         check_tokens("decoder_input_ids", decoder_input_ids, input_ids)
-        hidden = self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+        hidden = self.states(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
         ends = jnp.isin(input_ids, jnp.array(self.config.eos_token_id, input_ids.dtype))
         tokens = jnp.ones_like(ends) if attention_mask is None else attention_mask.astype(bool)
         at = jnp.where(ends.any(axis=1, keepdims=True), ends, tokens)

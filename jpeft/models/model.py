@@ -35,6 +35,7 @@ from jpeft import surgery
 from jpeft.errors import JpeftError
 from jpeft.models.config import Config
 from jpeft.variables import Trainable, retype
+from jpeft.virtual_tokens import with_prompt
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "masked-lm", "seq2seq-lm", "base")
 
@@ -87,7 +88,7 @@ class Model(nnx.Module):
     @compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs `forward`: directly under tracing, else through one cached `jax.jit`."""
-        return self.forward(*args, **kwargs)
+        return with_prompt(self, self.forward, *args, **kwargs)
 
 
 _M = TypeVar("_M", bound=nnx.Module)

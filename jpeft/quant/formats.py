@@ -94,7 +94,7 @@ class Format:
         device = _only_device(values)
         finite = plain = None
         if device is None or math.prod(values.shape) > _SMALL:
-            finite, plain = map(bool, _survey(values))
+            finite, plain = (bool(np.all(np.asarray(flag))) for flag in _survey(values))
         elif not isinstance(values, np.ndarray):
             values = np.asarray(values)
         if not (bool(np.all(np.isfinite(values))) if finite is None else finite):
@@ -110,7 +110,7 @@ class Format:
             device = None if device is None or device == jax.local_devices()[0] else device
             arrays = {name: jnp.asarray(np.stack([one[name] for one in made]), device=device) for name in made[0]}
         for name, array in arrays.items():
-            if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
+            if jnp.issubdtype(array.dtype, jnp.floating) and not np.all(np.isfinite(np.asarray(array))):
                 raise JpeftError(
                     f"{type(self).__name__}: the weights are too large, {name} would overflow; choose "
                     "double_quant=False, or scale_dtype='float32'"
@@ -212,21 +212,21 @@ def _outside(arrays: dict[str, Array]) -> dict[str, Array]:
         return arrays
     if all(_only_device(array) is not None and array.size <= _SMALL for array in arrays.values()):
         return {name: np.asarray(array) for name, array in arrays.items()}
-    if all(bool(_survey(array.reshape(1, -1, 1))[1]) for array in floats):
+    if all(np.all(np.asarray(_survey(array.reshape(1, -1, 1))[1])) for array in floats):
         return arrays
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 @jax.jit
 def _survey(values: Array) -> tuple[jax.Array, jax.Array]:
-    """Whether all is finite, and whether compiled code computes exactly with each matrix."""
+    """For each matrix: whether all is finite, and whether compiled code computes exactly with it."""
     axes = (1, 2)
     wide = values.astype(jnp.float32)
     # Compared as integers: as numbers, those in question are zero already.
     size = jax.lax.bitcast_convert_type(wide, jnp.int32) & 0x7FFFFFFF
     least, most = (int(np.float32(bound).view(np.int32)) for bound in (_TINY, _HUGE))
     plain = (size == 0) | ((size >= least) & (size <= most))
-    return jnp.all(size < 0x7F800000), jnp.all(jnp.all(plain, axes) & jnp.any(size != 0, axes))
+    return jnp.all(size < 0x7F800000, axes), jnp.all(plain, axes) & jnp.any(size != 0, axes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
