@@ -8,8 +8,7 @@ bits: of the linear layers, from the arrays. error: relative Frobenius norm over
 temporaries: what the compiled LoRA step needs beside its arguments and results, no layer rematerialised. time: LoRA's
 forward pass and step relative to those on the unquantised base, medians of interleaved rounds. With --train STEPS and
 --model: the perplexity of held-out windows after LoRA on the others, on the unquantised base and on NF4, for each of
---seeds. With --plan 8B 70B: what a step of LoRA needs on Llama 3.1 of that size, compiled without any array; with --tpu
-v5e:4x4 as well, by the TPU's compiler for that many chips (pip install libtpu; JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1).
+--seeds. With --plan 8B 70B: what a step of LoRA needs on Llama 3.1 of that size, compiled without any array.
 """
 
 from __future__ import annotations
@@ -27,13 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jpeft
-from jpeft import paths
 from jpeft.losses import causal_lm_loss
-from jpeft.quant import QuantizedLinear, partition_specs
+from jpeft.quant import QuantizedLinear
 from jpeft.surgery import modules
 
 FORMATS: dict[str, Any] = {
@@ -157,55 +153,22 @@ def training(base: Any, windows: np.ndarray, steps: int, seeds: list[int]) -> No
         print(f"{name} | " + " | ".join(f"{score:.3f}" for score in scores))
 
 
-def large(size: str, form: Any) -> Any:
-    """Llama 3.1 of that size with LoRA, to be called under `nnx.eval_shape`."""
-    config = {**LLAMA_3, **SIZES[size]}
-    base = jpeft.models.from_config(config, task="causal-lm", dtype="bfloat16", remat=True, rngs=nnx.Rngs(0))
-    return jpeft.LoRA(rank=16)(base if form is None else form(base), rngs=0)
-
-
 def plan(sizes: list[str]) -> None:
     """Base and temporaries of a step on one row of 2,048 tokens: bfloat16, rematerialised, LoRA of rank 16."""
     print("model | base: bfloat16, GiB | base: NF4, GiB | temporaries of the step on NF4, GiB\n---|---|---|---")
     for size in sizes:
-        dense, packed = (
-            jpeft.partition(nnx.eval_shape(functools.partial(large, size, form))) for form in (None, jpeft.NF4())
-        )
+
+        def model(form: Any, size: str = size) -> Any:
+            config = {**LLAMA_3, **SIZES[size]}
+            base = jpeft.models.from_config(config, task="causal-lm", dtype="bfloat16", remat=True, rngs=nnx.Rngs(0))
+            return jpeft.LoRA(rank=16)(base if form is None else form(base), rngs=0)
+
+        dense, packed = (jpeft.partition(nnx.eval_shape(lambda f=form: model(f))) for form in (None, jpeft.NF4()))
         held = [sum(a.size * a.dtype.itemsize for a in parts.frozen.values()) / 2**30 for parts in (dense, packed)]
         ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
         compiled = step_of(packed.graphdef, backward=True).lower(*packed[1:], ids).compile()
         temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
         print(f"{size} | {held[0]:.1f} | {held[1]:.1f} | {temporaries:.1f}")
-
-
-def plan_tpu(sizes: list[str], topology: str) -> None:
-    """Arguments and temporaries of a step on one row of 2,048 tokens for each chip, the base spread over all chips."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
-    print(f"model on {topology} | arguments, GiB per chip | temporaries, GiB per chip | compile, s\n---|---|---|---")
-    for size in sizes:
-        model = nnx.eval_shape(functools.partial(large, size, jpeft.NF4()))
-        graphdef, *trees = jpeft.partition(model)
-        specs: dict[str, PartitionSpec] = {}
-        for node in paths.nodes(jpeft.strip(model)):
-            if isinstance(node.module, QuantizedLinear):
-                own = partition_specs(node.module, PartitionSpec(None, "fsdp"), mesh)
-                specs |= {f"{node.name}/{name}": spec for name, spec in own.items()}
-
-        def placed(key: str, a: Any, specs: dict[str, PartitionSpec] = specs) -> jax.ShapeDtypeStruct:
-            # Embedding and head by rows or columns, adapters and norms on every chip.
-            wide = next((i for i in reversed(range(a.ndim)) if a.shape[i] % mesh.size == 0 and a.size > 10**8), None)
-            spec = specs.get(key, PartitionSpec(*("fsdp" if i == wide else None for i in range(a.ndim))))
-            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
-
-        arrays = [{key: placed(key, a) for key, a in tree.items()} for tree in trees]
-        rows = NamedSharding(mesh, PartitionSpec("fsdp"))
-        ids = jax.ShapeDtypeStruct((mesh.size, 2048), jnp.int32, sharding=rows)
-        start = time.perf_counter()
-        needs = step_of(graphdef, backward=True).lower(*arrays, ids).compile().memory_analysis()
-        seconds = time.perf_counter() - start
-        held, extra = (n / 2**30 for n in (needs.argument_size_in_bytes, needs.temp_size_in_bytes))
-        print(f"{size} | {held:.2f} | {extra:.2f} | {seconds:.0f}")
 
 
 def quality(base: Any, tokens: np.ndarray | None) -> None:
@@ -240,7 +203,6 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", default=[])
     parser.add_argument("--windows", type=int, default=16, help=f"how many windows of {WINDOW} tokens")
     parser.add_argument("--plan", nargs="+", choices=SIZES, default=[])
-    parser.add_argument("--tpu", metavar="TOPOLOGY")
     parser.add_argument("--train", type=int, metavar="STEPS")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
@@ -249,7 +211,7 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     if args.plan:
-        plan_tpu(args.plan, args.tpu) if args.tpu else plan(args.plan)
+        plan(args.plan)
         return
     base = make(4, adapted=False) if args.model is None else jpeft.models.load(args.model, dtype="float32")
     windows = None if args.model is None else windows_of(args.model, args.text, args.windows)
