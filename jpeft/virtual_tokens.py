@@ -66,9 +66,19 @@ def with_prompt(model: nnx.Module, function: Callable[..., Any], *args: Any, **k
 
 
 def prompt_of(model: nnx.Module) -> Wrapper | None:
-    """The wrapper that holds the model's virtual tokens, or None."""
-    found = [module for _, module in surgery.modules(model) if isinstance(module, Wrapper) and module.virtual_tokens]
-    return found[0] if found else None
+    """The wrapper that holds the model's virtual tokens, or None.
+
+    Raises JpeftError if another one is around it, which would be asked for ids that it does not know.
+    """
+    wrappers = [module for _, module in surgery.modules(model) if isinstance(module, Wrapper)]
+    found = next((module for module in wrappers if module.virtual_tokens), None)
+    around = next((module for module in wrappers if found is not None and module.base is found), None)
+    if around is not None and found is not None:
+        raise JpeftError(
+            f"{around.name!r} wraps the embedding that has the virtual tokens of {found.name!r}, whose ids it does not "
+            "know; apply the prompt method last"
+        )
+    return found
 
 
 def inserted_before_decoding(model: nnx.Module, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

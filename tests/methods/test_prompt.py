@@ -168,8 +168,9 @@ def test_the_context_has_room_for_both() -> None:
 
 
 def test_composes_with_lora_on_the_embedding() -> None:
-    both = jpeft.compose(
-        jpeft.LoRA(rank=2, targets=["embed_tokens", "q_proj"]), jpeft.PromptTuning(num_virtual_tokens=2)
-    )
-    adapted = both(base("llama"), rngs=nnx.Rngs(0))
+    lora, prompt = jpeft.LoRA(rank=2, targets=["embed_tokens", "q_proj"]), jpeft.PromptTuning(num_virtual_tokens=2)
+    adapted = jpeft.compose(lora, prompt)(base("llama"), rngs=nnx.Rngs(0))
     assert jnp.all(jnp.isfinite(adapted(zoo.ids())))
+    wrong = jpeft.compose(prompt, lora)(base("llama"), rngs=0)
+    with pytest.raises(jpeft.JpeftError, match="'lora' wraps the embedding .* apply the prompt method last"):
+        wrong(zoo.ids())
