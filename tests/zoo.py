@@ -219,7 +219,7 @@ def _prefix(kind: Any, *models: str, **settings: Any) -> Entry:
 
 
 # Models that put virtual tokens in by themselves.
-_PROMPTED = ("llama", "mistral-remat", "gpt2", "bert-mean-classifier", "t5")
+_PROMPTED = ("llama", "gpt2", "bert-mean-classifier", "t5")
 
 # One configuration of every registered method, and others that differ in a way of their own.
 METHODS: dict[str, Entry] = {
@@ -236,7 +236,7 @@ METHODS: dict[str, Entry] = {
     ),
     "p_tuning": Entry(
         jpeft.PTuning(num_virtual_tokens=3, hidden_size=5, encoder_layers=1, position=(0, 2, 4)),
-        models=("llama", "bert-mean-classifier"),
+        models=("llama",),
         starts="elsewhere",
         merges=False,
     ),
