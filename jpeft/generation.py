@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft import surgery
+from jpeft import kv_cache, surgery
 from jpeft.baking import bake
 from jpeft.errors import JpeftError
 from jpeft.partition import GraphDef, combine, partition
@@ -181,7 +181,7 @@ def _start(model: Any, ids: jax.Array, mask: jax.Array, new: int) -> tuple[jax.A
     # The room is added afterwards, so that prompts attend to themselves only.
     cache = {
         **cache,
-        **{name: jnp.pad(cache[name], [(0, 0), (0, 0), (0, new), (0, 0), (0, 0)]) for name in ("k", "v")},
+        **{name: kv_cache.lengthened(cache[name], new) for name in ("k", "v")},
         "mask": jnp.pad(cache["mask"], [(0, 0), (0, new)]),
     }
     return model.logits(hidden[:, -1]), cache

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jpeft import kv_cache
 from jpeft.errors import JpeftError
 from jpeft.models import attention as masks
 from jpeft.models.config import Config
@@ -70,14 +71,8 @@ class CacheSlot:
         self, arrays: tuple[jax.Array, jax.Array], index: Any, k: jax.Array, v: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
         """Writes k, v [B, T, K, H] at layer `index`: the cache's arrays, and all keys and values [B, S, K, H] there."""
-        layer, zero = jnp.asarray(index, jnp.int32), jnp.zeros((), jnp.int32)
-        at = (layer, zero, self.slot, zero, zero)
-        keys, values = (
-            jax.lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), at)
-            for whole, new in zip(arrays, (k, v), strict=True)
-        )
-        whole_k, whole_v = (jax.lax.dynamic_index_in_dim(whole, layer, keepdims=False) for whole in (keys, values))
-        return (keys, values), whole_k, whole_v
+        keys, values = (kv_cache.write(whole, index, self.slot, new) for whole, new in zip(arrays, (k, v), strict=True))
+        return (keys, values), kv_cache.read(keys, index), kv_cache.read(values, index)
 
 
 class CausalModel(Model):
@@ -106,10 +101,8 @@ class CausalModel(Model):
         """
         layers, heads, width = self.cache_shape
         dtype = getattr(self, self.embedding).dtype if dtype is None else dtype
-        shape = (layers, batch, length, heads, width)
         return {
-            "k": jnp.zeros(shape, dtype),
-            "v": jnp.zeros(shape, dtype),
+            **{name: kv_cache.empty(layers, batch, length, heads, width, dtype) for name in ("k", "v")},
             "mask": jnp.zeros((batch, length), bool),
             "positions": jnp.zeros((batch,), jnp.int32),
             "index": jnp.zeros((), jnp.int32),

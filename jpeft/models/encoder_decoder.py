@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict
 
+from jpeft import kv_cache
 from jpeft.errors import JpeftError
 from jpeft.models.attention import Attention, causal_mask, padding_mask
 from jpeft.models.encoder_decoder_config import EncoderDecoderConfig, parse
@@ -155,11 +156,10 @@ class T5(T5Encoder):
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache for `length` tokens of `batch` rows; dtype: default the parameters'."""
         config = self.config
-        shape = (config.num_decoder_layers, batch, length, config.num_heads, config.d_kv)
         dtype = self.param_dtype if dtype is None else dtype
+        shape = (config.num_decoder_layers, batch, length, config.num_heads, config.d_kv)
         return {
-            "k": jnp.zeros(shape, dtype),
-            "v": jnp.zeros(shape, dtype),
+            **{name: kv_cache.empty(*shape, dtype) for name in ("k", "v")},
             "mask": jnp.zeros((batch, length), bool),
             "positions": jnp.zeros((batch,), jnp.int32),
             "index": jnp.zeros((), jnp.int32),
@@ -217,9 +217,9 @@ class T5(T5Encoder):
         if CROSS[0] in cache:
             encoded = None
         else:
-            layers, batch, _, heads, width = cache["k"].shape
+            layers, batch, heads, _, width = cache["k"].shape
             assert encoded is not None
-            empty = jnp.zeros((layers, batch, encoded.shape[1], heads, width), cache["k"].dtype)
+            empty = kv_cache.empty(layers, batch, encoded.shape[1], heads, width, cache["k"].dtype)
             cache.update(dict.fromkeys(CROSS, empty))
         names = ("k", "v", *CROSS)
         mask = causal_mask(tokens, cache["mask"].shape[1], slot) & cache["mask"][:, None, None, :]

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jpeft import kv_cache
 from jpeft.models.attention import Attention
 from jpeft.models.encoder_decoder_config import EncoderDecoderConfig
 from jpeft.models.layers import RMSNorm, activation, embed, gated, linear
 from jpeft.stack import Stack, run_layers
 
-# The part of a KV cache that the layers write: self- and cross-attention's keys and values, each [L, B, S, N, H].
+# The part of a KV cache that the layers write: self- and cross-attention's keys and values (`kv_cache`).
 LayerCache = dict[str, jax.Array]
 CROSS = ("cross_k", "cross_v")
 
@@ -172,8 +173,8 @@ class T5Block(nnx.Module):
 
 def _rows(cache: LayerCache, names: tuple[str, str], index: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Keys and values of layer `index`, as the attention computes with them."""
-    rows = [jax.lax.dynamic_index_in_dim(cache[name], index, keepdims=False).astype(dtype) for name in names]
-    return rows[0], rows[1]
+    keys, values = (kv_cache.read(cache[name], index).astype(dtype) for name in names)
+    return keys, values
 
 
 def _store(
@@ -186,8 +187,7 @@ def _store(
     """Writes new keys and values of layer `index` at `slot`; the cache, and all keys and values of the layer."""
     cache = dict(cache)
     for name, new in zip(names, fresh, strict=True):
-        at = (index, 0, slot, 0, 0)
-        cache[name] = jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), at)
+        cache[name] = kv_cache.write(cache[name], index, slot, new)
     return cache, _rows(cache, names, index, fresh[0].dtype)
 
 
@@ -233,7 +233,7 @@ class T5Stack(nnx.Module):
         self, x: jax.Array, cache: LayerCache | None = None, *, first: jax.Array | int = 0, **settings: Any
     ) -> tuple[jax.Array, LayerCache]:
         """`settings` are the arguments of `T5Block` but for the bias. first: the slot of the first query."""
-        keys = x.shape[1] if not cache or "k" not in cache else cache["k"].shape[2]
+        keys = x.shape[1] if not cache or "k" not in cache else kv_cache.slots(cache["k"])
         bias = self.bias(x.shape[1], keys, first)
         x, cache = run_layers(self.block, (x, cache or {}), bias=bias, **settings)
         return self.final_layer_norm(x), cache
