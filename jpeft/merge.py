@@ -15,7 +15,7 @@ from flax import nnx
 from jpeft import kinds, paths, surgery
 from jpeft.errors import JpeftError
 from jpeft.methods.method import METHODS_ATTRIBUTE
-from jpeft.variables import Trainable, retype, unfreeze
+from jpeft.variables import Frozen, Trainable, retype, unfreeze
 from jpeft.wrapper import NotMergeable, Wrapper
 
 _Packed: TypeAlias = tuple[str, kinds.Packed | None, Any]  # where, what it was, what was made of it
@@ -66,8 +66,9 @@ def merge(model: nnx.Module, *, dequantize: bool = False, requantize: bool = Fal
             return base
         if packed is not None:
             quantized[id(folded)] = (places.get(id(module), "?"), packed, folded)
-        if kinds.kind_of(folded) is not None:
-            checks.append((where, jnp.all(jnp.isfinite(kinds.weight(folded).get_value()))))
+        for name, variable in surgery.children(folded):
+            if isinstance(variable, nnx.Param | Frozen) and jnp.issubdtype(variable.dtype, jnp.floating):
+                checks.append((f"{where}, {name}", jnp.all(jnp.isfinite(variable.get_value()))))
         return folded
 
     made = surgery.rewrite(copy, fold, copy=False)

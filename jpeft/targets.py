@@ -107,11 +107,15 @@ def resolve(
     layers: Layers = None,
     kinds: Sequence[type[nnx.Module]],
     method: str,
+    accepts: Callable[[Any], bool] | None = None,
 ) -> list[tuple[Node, Layers]]:
     """The nodes that `targets` select and the layers of each (None: all, or not in a `Stack`).
 
-    kinds: what the method can wrap. Raises JpeftError if an entry of `targets` or `exclude` matches nothing, if it
-    names a module of another kind, or if `layers` holds a number that no matched module has.
+    kinds: what the method can wrap. accepts: instead of kinds, whether it can wrap a module (without its wrappers);
+    targets may then also name a module around it.
+
+    Raises JpeftError if an entry of `targets` or `exclude` matches nothing, if it names a module of another kind, or if
+    `layers` holds a number that no matched module has.
     """
     found = [node for node in paths.nodes(model) if node.parts or kind_of(node.module) is not None]
     prefix, heads = prefix_of(model), _heads_of(model)
@@ -121,16 +125,20 @@ def resolve(
     present: set[int] = set()
 
     for node in found:
-        able = isinstance(node.module, tuple(kinds)) or (kind_of(node.module) in kinds)
+        able = (
+            isinstance(node.module, tuple(kinds)) or kind_of(node.module) in kinds
+            if accepts is None
+            else accepts(innermost(node.module))
+        )
         kept: list[int | None] = []
         for member in node.members:
             called = names(node, member, prefix)
-            hit = [e for e in targets if _selects(e, node, called, heads)]
+            hit = [e for e in targets if (_selects if accepts is None else _excludes)(e, node, called, heads)]
             out = [e for e in exclude if _excludes(e, node, called, heads)]
             for entry in (*(hit if able else ()), *out):
                 hits[entry] += 1
             if not able:
-                for entry in hit:
+                for entry in hit if accepts is None else ():
                     if entry != ALL_LINEAR and isinstance(entry, str):
                         wrong.setdefault(entry, []).append(node)
                 continue
@@ -143,7 +151,7 @@ def resolve(
             whole = node.stack is None or len(kept) == node.length
             chosen.append((node, None if whole else tuple(m for m in kept if m is not None)))
 
-    _check(hits, wrong, found, targets, exclude, kinds, method)
+    _check(hits, wrong, found, targets, exclude, kinds, method, accepts)
     if layers is not None:
         _check_layers(layers, present, method)
     if not chosen:
@@ -209,8 +217,10 @@ def _check(
     exclude: Sequence[Entry],
     kinds: Sequence[type[nnx.Module]],
     method: str,
+    accepts: Callable[[Any], bool] | None,
 ) -> None:
-    able = sorted({node.name or "(the model itself)" for node in found if kind_of(node.module) in kinds})
+    fit = accepts or (lambda module: kind_of(module) in kinds)
+    able = sorted({node.name or "(the model itself)" for node in found if fit(innermost(node.module))})
     problems = []
     for entry, count in hits.items():
         role = "target" if entry in targets else "exclude"

@@ -240,6 +240,16 @@ METHODS: dict[str, Entry] = {
         starts="elsewhere",
         merges=False,
     ),
+    "bitfit": Entry(jpeft.BitFit(), models=("flax-attention", "bert-mean-classifier")),
+    "norm_tuning": Entry(
+        jpeft.NormTuning(),
+        models=("user-stack-remat", "t5"),
+        on={"user-stack-remat": jpeft.NormTuning(targets="norm", layers=[1, 2])},
+    ),
+    "full_tuning": Entry(
+        jpeft.FullTuning(targets=["mlp", "embed_tokens"]),
+        models=("llama",),
+    ),
 }
 
 # Further configurations, which differ in ways that do not depend on the model.

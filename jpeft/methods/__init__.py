@@ -10,6 +10,7 @@ from jpeft.methods.lora import LoRA
 from jpeft.methods.method import Method, applied
 from jpeft.methods.prefix import PrefixTuning, PTuningV2
 from jpeft.methods.prompt import PromptTuning, PTuning
+from jpeft.methods.retrained import BitFit, FullTuning, NormTuning
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -17,6 +18,9 @@ METHODS: dict[str, type[Method]] = {
     "p_tuning_v2": PTuningV2,
     "prompt_tuning": PromptTuning,
     "p_tuning": PTuning,
+    "bitfit": BitFit,
+    "norm_tuning": NormTuning,
+    "full_tuning": FullTuning,
 }
 
 
@@ -31,9 +35,12 @@ def from_dict(config: dict[str, Any]) -> Method:
 
 __all__ = [
     "METHODS",
+    "BitFit",
     "Compose",
+    "FullTuning",
     "LoRA",
     "Method",
+    "NormTuning",
     "PTuning",
     "PTuningV2",
     "PrefixTuning",

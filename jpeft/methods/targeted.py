@@ -27,13 +27,13 @@ _MOST_RUNS = 4
 class Targeted(Method):
     """A method with the fields `targets`, `exclude`, `layers` and `name`, which subclasses declare with their defaults.
 
-    Subclasses set `wraps`, call `self.settle_targets()` in `__post_init__`, and either define `wrapper` (one node at a
-    time; then `apply` is here) or `apply`.
+    Subclasses set `wraps` (or define `accepts`), call `self.settle_targets()` in `__post_init__`, and define either
+    `wrapper` (one node at a time; then `apply` is here) or `apply`.
 
     role: which of the model's declared roles the targets are when `targets` is None.
     """
 
-    wraps: ClassVar[tuple[type[nnx.Module], ...]]
+    wraps: ClassVar[tuple[type[nnx.Module], ...]] = ()
     role: ClassVar[str | None] = None
 
     targets: Any
@@ -72,7 +72,19 @@ class Targeted(Method):
         """The nodes to wrap, each with the layers that are meant (None: all of them, or there are none)."""
         named = type(self).__name__
         targets = role(model, str(self.role), named) if self.targets is None else self.targets
-        return resolve(model, targets=targets, exclude=self.exclude, layers=self.layers, kinds=self.wraps, method=named)
+        return resolve(
+            model,
+            targets=targets,
+            exclude=self.exclude,
+            layers=self.layers,
+            kinds=self.wraps,
+            method=named,
+            accepts=self.accepts(),
+        )
+
+    def accepts(self) -> Callable[[Any], bool] | None:
+        """For a method that can wrap other modules than the kinds of `wraps`: whether it can wrap a module."""
+        return None
 
     def _placed(self, node: Node, layers: Layers, key: jax.Array) -> Callable[[Any], Any]:
         def wrap(base: Any) -> Any:
