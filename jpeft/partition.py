@@ -10,6 +10,7 @@ Differentiating with respect to `adapter` computes no gradient for the base. Cod
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -150,7 +151,11 @@ def _set_dropout(model: nnx.Module, key: jax.Array | None) -> None:
         if key is None:
             continue
         if isinstance(module, Dropout):
-            module.key.set_value(node.keys(key, "dropout", module.key.shape, _covered(model, node.path)))
+            if module.common:
+                own = jnp.broadcast_to(jax.random.fold_in(key, zlib.crc32(b"common")), module.key.shape)
+            else:
+                own = node.keys(key, "dropout", module.key.shape, _covered(model, node.path))
+            module.key.set_value(own)
         elif isinstance(module.rngs, nnx.RngStream):
             stream = module.rngs
             stream.key.set_value(node.keys(key, "dropout", stream.key.shape))

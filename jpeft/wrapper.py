@@ -25,6 +25,9 @@ class Wrapper(nnx.Module):
     # Whether variables of several tasks may be stacked on an axis behind the layer axis, one chosen per row (`multi`).
     takes_many: ClassVar[bool] = False
 
+    # Whether a layer may go without: `jpeft.drop_adapters` takes it away, where others are part of what was trained.
+    droppable: ClassVar[bool] = False
+
     positions_taken: int = 0  # how many positions the wrapper takes before the first token
     virtual_tokens: int = 0  # how many ids above the vocabulary an embedding's wrapper knows
     position: Any = None  # where they go in: see `jpeft.virtual_tokens`

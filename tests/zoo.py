@@ -250,6 +250,20 @@ METHODS: dict[str, Entry] = {
         jpeft.FullTuning(targets=["mlp", "embed_tokens"]),
         models=("llama",),
     ),
+    # Adapters: behind linear layers of every family, beside a feed-forward that is one module and one that is two.
+    "houlsby": Entry(
+        jpeft.Houlsby(bottleneck_size=5),
+        models=("user-stack-remat", "bert-mean-classifier"),
+        on={"user-stack-remat": jpeft.Houlsby(targets="down", norms="norm", reduction_factor=3, layers=[1, 2])},
+        merges=False,
+    ),
+    "pfeiffer": Entry(jpeft.Pfeiffer(reduction_factor=2, drop=2, dropout=0.1), models=("t5",), merges=False),
+    "parallel_adapter": Entry(
+        jpeft.ParallelAdapter(scaling="learned"),
+        models=("flax-attention", "gpt2"),
+        on={"flax-attention": jpeft.ParallelAdapter(targets="attention", activation="tanh")},
+        merges=False,
+    ),
 }
 
 # Further configurations, which differ in ways that do not depend on the model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jpeft.errors import JpeftError, nearest
+from jpeft.methods.bottleneck import Houlsby, ParallelAdapter, Pfeiffer
 from jpeft.methods.compose import Compose, compose
 from jpeft.methods.lora import LoRA
 from jpeft.methods.method import Method, applied
@@ -21,6 +22,9 @@ METHODS: dict[str, type[Method]] = {
     "bitfit": BitFit,
     "norm_tuning": NormTuning,
     "full_tuning": FullTuning,
+    "houlsby": Houlsby,
+    "pfeiffer": Pfeiffer,
+    "parallel_adapter": ParallelAdapter,
 }
 
 
@@ -38,11 +42,14 @@ __all__ = [
     "BitFit",
     "Compose",
     "FullTuning",
+    "Houlsby",
     "LoRA",
     "Method",
     "NormTuning",
     "PTuning",
     "PTuningV2",
+    "ParallelAdapter",
+    "Pfeiffer",
     "PrefixTuning",
     "PromptTuning",
     "applied",

@@ -16,7 +16,7 @@ from jpeft.methods import fields
 from jpeft.methods.method import Method, refuse_second
 from jpeft.paths import Node
 from jpeft.stack import runs
-from jpeft.targets import Layers, entries, resolve, role
+from jpeft.targets import Entry, Layers, entries, resolve, role
 from jpeft.wrapper import Wrapper
 
 # More scans than this cost more compile time than the layers in between are worth; then the hull is adapted and the
@@ -30,11 +30,11 @@ class Targeted(Method):
     Subclasses set `wraps` (or define `accepts`), call `self.settle_targets()` in `__post_init__`, and define either
     `wrapper` (one node at a time; then `apply` is here) or `apply`.
 
-    role: which of the model's declared roles the targets are when `targets` is None.
+    role: which of the model's declared roles, or which several, the targets are when `targets` is None.
     """
 
     wraps: ClassVar[tuple[type[nnx.Module], ...]] = ()
-    role: ClassVar[str | None] = None
+    role: ClassVar[str | tuple[str, ...] | None] = None
 
     targets: Any
     exclude: Any
@@ -71,7 +71,7 @@ class Targeted(Method):
     def resolve(self, model: nnx.Module) -> list[tuple[Node, Layers]]:
         """The nodes to wrap, each with the layers that are meant (None: all of them, or there are none)."""
         named = type(self).__name__
-        targets = role(model, str(self.role), named) if self.targets is None else self.targets
+        targets = self._by_role(model) if self.targets is None else self.targets
         return resolve(
             model,
             targets=targets,
@@ -81,6 +81,10 @@ class Targeted(Method):
             method=named,
             accepts=self.accepts(),
         )
+
+    def _by_role(self, model: nnx.Module) -> tuple[Entry, ...]:
+        wanted = (self.role,) if isinstance(self.role, str) else self.role or ()
+        return tuple(entry for one in wanted for entry in role(model, one, type(self).__name__))
 
     def accepts(self) -> Callable[[Any], bool] | None:
         """For a method that can wrap other modules than the kinds of `wraps`: whether it can wrap a module."""
@@ -113,6 +117,9 @@ def covered(node: Node, live: Iterable[int]) -> Layers:
 
 
 def lead_of(node: Node, layers: Layers) -> tuple[int, ...]:
-    """The leading axes of a wrapper's variables at a node that holds a weight, where they cover `layers`."""
-    lead = kinds.lead(node.module)
+    """The leading axes of a wrapper's variables at a node, where they cover `layers`."""
+    if kinds.kind_of(node.module) is None:
+        lead: tuple[int, ...] = () if node.length is None else (node.length,)
+    else:
+        lead = kinds.lead(node.module)
     return lead if layers is None else (len(layers), *lead[1:])

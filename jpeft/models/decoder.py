@@ -99,6 +99,16 @@ class MLP(nnx.Module):
         self.down_proj = make(config.intermediate_size, config.hidden_size)
         self.act = config.hidden_act
 
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.up_proj.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.down_proj.out_features
+
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(gated(self.act, self.gate_proj(x), self.up_proj(x)))
 

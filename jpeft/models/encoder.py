@@ -50,6 +50,7 @@ class Encoder(Model):
         key=("key",),
         value=("value",),
         attention_output=("attention.output.dense",),
+        feed_forward=(r"layer\.\d+\.output",),
         feed_forward_output=(r"layer\.\d+\.output\.dense",),
         norm=(r"encoder\..*\.LayerNorm", "embeddings.LayerNorm"),
         embedding=("word_embeddings",),

@@ -95,6 +95,16 @@ class T5FeedForward(nnx.Module):
         self.wo = make(config.d_ff, config.hidden_size)
         self.act, self.gated = config.act, config.gated
 
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return (self.wi_0 if self.gated else self.wi).in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.wo.out_features
+
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.gated:
             return self.wo(gated(self.act, self.wi_0(x), self.wi_1(x)))

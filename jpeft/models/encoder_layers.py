@@ -86,9 +86,16 @@ class SelfAttention(nnx.Module):
 class Output(nnx.Module):
     """The end of a sublayer: projection, residual, norm."""
 
+    adds_residual = True
+
     def __init__(self, inputs: int, make: Make, *, rngs: nnx.Rngs):
         self.dense = make.linear(inputs, make.config.hidden_size, rngs)
         self.LayerNorm = make.norm(rngs)
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output, and of the residual."""
+        return self.dense.out_features
 
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
         return self.LayerNorm(self.dense(x) + residual)

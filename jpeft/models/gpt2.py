@@ -80,6 +80,16 @@ class MLP(nnx.Module):
         self.c_proj = make(config.intermediate_size, config.hidden_size)
         self.act = config.activation
 
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.c_fc.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.c_proj.out_features
+
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.c_proj(activation(self.act)(self.c_fc(x)))
 

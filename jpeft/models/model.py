@@ -11,7 +11,8 @@ them it holds static attributes:
                     attention             modules that hold an `attention_fn`
                     query, key, value     linear layers that make them (one layer may make all three)
                     attention_output      the linear layer at the end of an attention
-                    feed_forward          the feed-forward sublayer x -> y, where it is one module
+                    feed_forward          the feed-forward sublayer x -> y; where no one module is it, the module
+                                          that ends it, which is called with (y, x) and says `adds_residual`
                     feed_forward_output   the linear layer at the end of a feed-forward sublayer
                     norm                  the normalisations
                     embedding             the token embedding
