@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from jpeft import models
     from jpeft.checkpoint import load_adapter, save_adapter
     from jpeft.generation import generate
+    from jpeft.interop import load_peft, save_peft
 
 # Looked up on first use: they bring Orbax, safetensors and the model families, which research code may not need.
 _LATER = {
@@ -54,6 +55,8 @@ _LATER = {
     "save_adapter": ("jpeft.checkpoint", "save_adapter"),
     "load_adapter": ("jpeft.checkpoint", "load_adapter"),
     "generate": ("jpeft.generation", "generate"),
+    "load_peft": ("jpeft.interop", "load_peft"),
+    "save_peft": ("jpeft.interop", "save_peft"),
 }
 
 
@@ -105,6 +108,7 @@ __all__ = [
     "insert_prompt",
     "list_targets",
     "load_adapter",
+    "load_peft",
     "merge",
     "models",
     "multi",
@@ -115,6 +119,7 @@ __all__ = [
     "quantize",
     "run_layers",
     "save_adapter",
+    "save_peft",
     "strip",
     "trainable_mask",
 ]

@@ -1,0 +1,91 @@
+"""`load_peft`: an adapter that PEFT, or `save_peft`, wrote, on a model of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jpeft.errors import JpeftError
+from jpeft.interop import converters, folder, saved
+from jpeft.interop.config import TASK_TYPES, Settings
+from jpeft.interop.converter import Converter
+from jpeft.interop.links import check, filled
+from jpeft.interop.names import model_and_family
+from jpeft.methods import Method, compose
+from jpeft.models.model import Model
+from jpeft.partition import Arrays, combine, partition
+
+_M = TypeVar("_M", bound=Model)
+
+
+def load_peft(model: _M, path: str | Path) -> _M:
+    """`model` with the adapter that Hugging Face PEFT (0.21.2) or `save_peft` wrote to the folder `path`.
+
+    model: a base from `jpeft.models.load`, for the task of the adapter. It is not changed; the result shares its
+    arrays, and computes what PEFT's model does. Adapters, heads and biases become `Trainable`, as in training.
+
+    Fields that this PEFT does not know are named in one warning.
+
+    Raises JpeftError, naming fields, tensors and files, for what is no adapter or damaged, for a file whose tensors do
+    not fit its configuration and the model (missing, unexpected, of the wrong shape or type, not finite), for fields
+    that change the result and are not supported here, for pickles, and for regular expressions that could run forever.
+    """
+    model, _ = model_and_family(model, "load_peft")  # type: ignore[assignment]
+    where = Path(path)
+    settings = Settings(folder.read_config(where), str(where / folder.CONFIG))
+    converter = converters.for_settings(settings)
+    settings.conform(converter.schema)
+    file = folder.read_weights(where)
+    method = converter.read(settings, model, file.tensors)
+    beside = saved.Saved((), ())
+    if converter.prefix:
+        beside = saved.read(settings, model, file.tensors.keys(), lambda name: folder.read_tensor(file, name))
+    adapted = _abstract((method, *beside.methods), model, str(where))
+    links = list(converter.links(adapted, method))
+    targeted = {link.name.rpartition(f".{converter.prefix}")[0] for link in links} if converter.prefix else set()
+    links += saved.links(adapted, targeted) if converter.prefix else []
+    check(links, file.tensors, beside.accounted, file.where, hint=_hint(settings, model))
+    graphdef, adapter, buffers, _ = partition(adapted)
+    values = filled(links, {**adapter, **buffers}, lambda name: folder.read_tensor(file, name))
+    return _combined((method, *beside.methods), model, graphdef, adapter, buffers, values)
+
+
+def _abstract(methods: tuple[Method, ...], model: Any, where: str) -> Any:
+    try:
+        return nnx.eval_shape(lambda: compose(*methods)(model, rngs=0))
+    except JpeftError as error:
+        raise JpeftError(f"load_peft: {where!r} does not fit this model: {error}") from error
+
+
+def _combined(
+    methods: tuple[Method, ...],
+    model: Any,
+    graphdef: Any,
+    adapter: Arrays,
+    buffers: Arrays,
+    values: dict[str, np.ndarray],
+) -> Any:
+    """The adapted model: arrays from the file (`values`), scales and masks by the methods, the rest the base's."""
+    base = partition(model)
+    own = {**base.adapter, **base.buffers, **values}
+    # Compiled, so that the initial values that nobody needs are not drawn.
+    made = {**own, **(jax.jit(lambda: partition(compose(*methods)(model, rngs=0)).buffers)() if buffers else {}), **own}
+    put = {key: jax.numpy.asarray(made[key]) for key in (*adapter, *buffers)}
+    return combine(graphdef, {k: put[k] for k in adapter}, {k: put[k] for k in buffers}, base.frozen)
+
+
+def _hint(settings: Settings, model: Model) -> str:
+    ours = TASK_TYPES.get(model.task)
+    if settings.task_type in (None, ours):
+        return ""
+    task = next((task for task, name in TASK_TYPES.items() if name == settings.task_type), None)
+    return f"the adapter is for {settings.task_type}, the model for {model.task!r}" + (
+        f"; load it with jpeft.models.load(..., task={task!r})" if task else ""
+    )
+
+
+__all__ = ["Converter", "load_peft"]

@@ -1,0 +1,71 @@
+"""`save_peft`: an adapter of ours in the files that PEFT reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jpeft.errors import JpeftError
+from jpeft.interop import converters, folder, saved
+from jpeft.interop.config import TASK_TYPES
+from jpeft.interop.links import gathered
+from jpeft.interop.names import model_and_family
+from jpeft.methods import BitFit, FullTuning, applied
+from jpeft.models.model import Model
+from jpeft.partition import partition
+
+
+def save_peft(model: Model, path: str | Path, *, base_model: str | None = None, overwrite: bool = False) -> Path:
+    """Writes the adapter of `model` to the folder `path` as Hugging Face PEFT 0.21.2 does, which reads it.
+
+    One method that PEFT has too, and beside it trained heads, modules of `FullTuning` (`modules_to_save`) and, with
+    LoRA, the biases of `BitFit`. base_model: the name of the base for `base_model_name_or_path`, which PEFT's
+    `AutoPeftModel` loads; default: the name in the model's config.json, if there is one. overwrite: replace an adapter
+    that is there. The folder appears whole or not at all.
+
+    Raises JpeftError, naming modules and methods, for what PEFT's files cannot express.
+    """
+    model, _ = model_and_family(model, "save_peft")
+    target = folder.target(path, overwrite=overwrite)
+    methods = [method for method in applied(model) if not isinstance(method, BitFit | FullTuning)]
+    if len(methods) != 1:
+        named = ", ".join(type(method).__name__ for method in methods) or "none"
+        raise JpeftError(
+            f"save_peft: a PEFT folder holds one adapter, and the model has {named}; apply one method (BitFit and "
+            "FullTuning go beside it), or use jpeft.save_adapter"
+        )
+    method = methods[0]
+    converter = converters.for_method(method)
+    links = list(converter.links(model, method))
+    fields = converter.write(model, method)
+    targeted = {link.name.rpartition(f".{converter.prefix}")[0] for link in links}
+    beside, tensors = saved.write(model, targeted)
+    links += saved.links(model, targeted)
+    odd = {name for name in beside if name not in converter.schema.used}
+    if odd:
+        raise JpeftError(f"save_peft: PEFT's {converter.peft_type} has no {', '.join(sorted(odd))}")
+    arrays = _arrays(model, links)
+    name = base_model or model.config.raw.get("_name_or_path")
+    config: dict[str, Any] = {
+        **converter.schema.defaults,
+        "base_model_name_or_path": name,
+        "peft_type": converter.peft_type,
+        "task_type": TASK_TYPES.get(model.task),
+        **fields,
+        **beside,
+    }
+    folder.write(target, config, {**tensors, **gathered(links, arrays)})
+    return target
+
+
+def _arrays(model: Any, links: Any) -> dict[str, Any]:
+    """What trains and its buffers. Raises JpeftError for trained arrays that no link takes to the file."""
+    _, adapter, buffers, _ = partition(model)
+    if any(isinstance(array, jax.ShapeDtypeStruct) for array in adapter.values()):
+        raise JpeftError("save_peft: the model is abstract; there are no arrays to save")
+    left = sorted(adapter.keys() - {link.key for link in links})
+    if left:
+        raise JpeftError(f"save_peft: PEFT's files have no place for {', '.join(left[:4])}; use jpeft.save_adapter")
+    return {**adapter, **buffers}

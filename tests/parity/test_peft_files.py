@@ -1,0 +1,206 @@
+"""Files in both directions beside Hugging Face PEFT, running in the same test on the same weights."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jpeft
+
+torch = pytest.importorskip("torch")
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT calls transformers so
+    pytest.mark.filterwarnings("ignore:.*save_embedding_layers.*:UserWarning"),
+]
+
+VOCABULARY, WIDTH, LAYERS = 31, 16, 3
+_COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": LAYERS}
+_LLAMA = {**_COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+_BERT = {**_COMMON, "num_attention_heads": 4, "max_position_embeddings": 32, "num_labels": 3}
+_T5 = {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+
+# (class of transformers' configuration, its arguments, class of the model, our task)
+BASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "llama": ("LlamaConfig", {**_LLAMA, "tie_word_embeddings": False}, "LlamaForCausalLM", "causal-lm"),
+    "tied": ("Qwen3Config", {**_LLAMA, "head_dim": 4, "tie_word_embeddings": True}, "Qwen3ForCausalLM", "causal-lm"),
+    "classifier": (
+        "MistralConfig",
+        {**_LLAMA, "num_labels": 3},
+        "MistralForSequenceClassification",
+        "sequence-classification",
+    ),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 32},
+        "GPT2LMHeadModel",
+        "causal-lm",
+    ),
+    "bert": ("BertConfig", _BERT, "BertForSequenceClassification", "sequence-classification"),
+    "bert-bare": ("BertConfig", _BERT, "BertModel", "base"),
+    "roberta": ("RobertaConfig", _BERT, "RobertaForSequenceClassification", "sequence-classification"),
+    "roberta-mlm": ("RobertaConfig", _BERT, "RobertaForMaskedLM", "masked-lm"),
+    "tags": ("BertConfig", _BERT, "BertForTokenClassification", "token-classification"),
+    "t5": ("T5Config", {**_T5, "decoder_start_token_id": 0}, "T5ForConditionalGeneration", "seq2seq-lm"),
+}
+TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """{name: folder of a base}, made when asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        import transformers
+
+        if name not in made:
+            config, fields, kind, _ = BASES[name]
+            torch.manual_seed(0)
+            model = getattr(transformers, kind)(getattr(transformers, config)(**fields))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+            made[name] = tmp_path_factory.mktemp(name)
+            model.save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+def their_base(name: str, folder: Path) -> Any:
+    import transformers
+
+    return getattr(transformers, BASES[name][2]).from_pretrained(folder).eval()
+
+
+def our_base(name: str, folder: Path) -> Any:
+    return jpeft.models.load(folder, task=BASES[name][3])
+
+
+def batch(name: str) -> dict[str, np.ndarray]:
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (2, 7))
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    return {**given, "decoder_input_ids": ids[:, :4]} if name == "t5" else given
+
+
+def theirs(model: Any, given: dict[str, np.ndarray]) -> np.ndarray:
+    with torch.no_grad():
+        made = model.eval()(**{key: torch.tensor(value) for key, value in given.items()})
+    return (made.logits if "logits" in made else made.last_hidden_state).numpy()
+
+
+def difference(ours: Any, expected: np.ndarray) -> float:
+    ours = np.asarray(ours)
+    assert ours.shape == expected.shape
+    return float(np.abs(ours - expected).max() / np.abs(expected).max())
+
+
+def perturbed(model: Any) -> Any:
+    """A PEFT model with nothing that trains at its initial value."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def moved(model: Any) -> Any:
+    """Ours with other values of everything that trains."""
+    parts = jpeft.partition(model)
+    return jpeft.combine(parts.graphdef, {k: -0.7 * v for k, v in parts.adapter.items()}, *parts[2:])
+
+
+def shapes(folder: Path) -> dict[str, list[int]]:
+    from safetensors.numpy import load_file
+
+    return {name: list(value.shape) for name, value in load_file(folder / "adapter_model.safetensors").items()}
+
+
+IDLE = ("base_layer.weight", ".original_module.", ".modules_to_save.")  # what PEFT's files have of the base, or twice
+
+
+def both_ways(name: str, config: Any, bases: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Checks PEFT's file here, and ours there; returns the model loaded here and the configuration written."""
+    import peft
+
+    base = their_base(name, bases(name))
+    model = perturbed(peft.get_peft_model(base, config))
+    model.save_pretrained(folder / "theirs")
+    given = batch(name)
+    ours = jpeft.load_peft(our_base(name, bases(name)), folder / "theirs")
+    assert difference(ours(**given), theirs(model, given)) < 1e-5
+
+    ours = moved(ours)
+    jpeft.save_peft(ours, folder / "ours")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        read = peft.PeftModel.from_pretrained(their_base(name, bases(name)), folder / "ours")
+    assert not [str(w.message) for w in said if "key" in str(w.message) or "ignored" in str(w.message)]
+    expected = theirs(read, given)
+    assert difference(ours(**given), expected) < 1e-5
+    assert difference(ours(**given), theirs(model, given)) > 1e-3
+
+    again = jpeft.load_peft(our_base(name, bases(name)), folder / "ours")
+    assert difference(again(**given), expected) < 1e-5
+    written, known = (json.loads((folder / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
+    assert written.keys() == known.keys()
+    known_shapes = shapes(folder / "theirs").items()
+    assert shapes(folder / "ours") == {k: v for k, v in known_shapes if not any(part in k for part in IDLE)}
+    return ours, written
+
+
+LORA: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"r": 4, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "regex-rslora": ("llama", {"r": 4, "use_rslora": True, "target_modules": r".*layers\.[02]\..*\.(o|up)_proj"}),
+    "layers": (
+        "llama",
+        {"r": 2, "target_modules": ["k_proj", "gate_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    ),
+    "patterns": (
+        "llama",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["q_proj", "gate_proj", "lm_head", "embed_tokens"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 5, "gate_proj": 3},
+            "alpha_pattern": {r"layers\.[12]\.mlp.gate_proj": 9},
+            "exclude_modules": ["layers.2.self_attn.q_proj"],
+        },
+    ),
+    "saved": ("llama", {"r": 2, "target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
+    "tied": ("tied", {"r": 3, "target_modules": ["embed_tokens", "o_proj"], "ensure_weight_tying": True}),
+    "classifier": ("classifier", {"r": 2, "target_modules": "all-linear"}),
+    "gpt2": ("gpt2", {"r": 3, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "bert": ("bert", {"r": 3, "target_modules": ["query", "dense"]}),
+    "bert-bare": ("bert-bare", {"r": 3, "target_modules": ["value"]}),
+    "roberta": ("roberta", {"r": 3, "target_modules": "all-linear"}),
+    "roberta-mlm": ("roberta-mlm", {"r": 3, "target_modules": ["key"], "bias": "lora_only"}),
+    "tags": ("tags", {"r": 3, "target_modules": ["query"], "bias": "all"}),
+    "tied-saved": (
+        "tied",
+        {"r": 3, "target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "t5": ("t5", {"r": 3, "lora_alpha": 5, "target_modules": ["q", "v", "wo"]}),
+}
+
+
+@pytest.mark.parametrize("case", LORA)
+def test_lora(case: str, bases: Any, tmp_path: Path) -> None:
+    import peft
+
+    name, fields = LORA[case]
+    config = peft.LoraConfig(task_type=TASK_TYPES.get(BASES[name][3]), **fields)
+    both_ways(name, config, bases, tmp_path)
