@@ -17,6 +17,7 @@ from jpeft.describe import Description, describe
 from jpeft.errors import JpeftError
 from jpeft.merge import merge, strip
 from jpeft.methods import (
+    MAM,
     METHODS,
     BitFit,
     Compose,
@@ -31,10 +32,12 @@ from jpeft.methods import (
     PromptTuning,
     PTuning,
     PTuningV2,
+    UniPELT,
     applied,
     compose,
 )
 from jpeft.multi import multi
+from jpeft.observing import observe
 from jpeft.partition import Partition, combine, param_labels, partition, trainable_mask
 from jpeft.quant import FP4, NF4, Int4, Int8, quantize
 from jpeft.stack import Stack, run_layers
@@ -72,6 +75,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "FP4",
+    "MAM",
     "METHODS",
     "NF4",
     "AdapterBuffer",
@@ -99,6 +103,7 @@ __all__ = [
     "Quantized",
     "Stack",
     "Trainable",
+    "UniPELT",
     "applied",
     "bake",
     "combine",
@@ -112,6 +117,7 @@ __all__ = [
     "merge",
     "models",
     "multi",
+    "observe",
     "optimizer",
     "param_labels",
     "partition",

@@ -24,7 +24,7 @@ from flax import nnx
 from jpeft import surgery
 from jpeft.errors import JpeftError
 from jpeft.surgery import Path
-from jpeft.wrapper import Wrapper
+from jpeft.wrapper import Wrapper, observer
 
 # What a body without rematerialisation does not keep for its backward pass: base weights read by layer index, and the
 # cheap changes of layout behind such a read. Kept, they would pile up to a copy of the base.
@@ -97,6 +97,11 @@ class Stack(nnx.Module):
 
     def __call__(self, carry: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs `carry` through all layers."""
+        if (seen := observer()) is not None:
+            for seen.layer in range(self.length):
+                carry = self._at(seen.layer)(carry, seen.layer, *args, **kwargs)
+            seen.layer = None
+            return carry
         partial = [set(wrapper.layers) for _, wrapper in _wrappers(self.layer) if wrapper.layers is not None]
         if not partial:
             graphdef, stacked, shared = _split(self.layer)
@@ -111,8 +116,11 @@ class Stack(nnx.Module):
             carry = self._run(carry, start, stop, args, kwargs)
         return carry
 
-    def _run(self, carry: Any, start: int, stop: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Layers [start, stop), over which the same wrappers are active, without the others."""
+    def _active(self, start: int, stop: int) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+        """Layers [start, stop), over which the same wrappers are active, without the others.
+
+        As (graphdef, shared variables, the wrappers' rows for these layers, variables of all layers).
+        """
 
         def inactive(module: Any) -> bool:
             return isinstance(module, Wrapper) and module.layers is not None and start not in module.layers
@@ -129,13 +137,23 @@ class Stack(nnx.Module):
         for path, variable in nnx.to_flat_state(compact):
             first = (owner(path) or ()).index(start)
             rows.append((path, jax.tree.map(lambda a, first=first: a[first : first + stop - start], variable)))
+        return graphdef, shared, nnx.from_flat_state(rows), stacked
+
+    def _at(self, index: int) -> Any:
+        """Layer `index` as a module."""
+        graphdef, shared, rows, stacked = self._active(index, index + 1)
+        own, whole = jax.tree.map(lambda a: a[0], rows), jax.tree.map(lambda a: a[index], stacked)
+        return nnx.merge(graphdef, shared, own, whole)
+
+    def _run(self, carry: Any, start: int, stop: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        graphdef, shared, rows, stacked = self._active(start, stop)
 
         def body(carry: Any, xs: Any) -> tuple[Any, None]:
             index, own = xs
             whole = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stacked)
             return nnx.merge(graphdef, shared, own, whole)(carry, index, *args, **kwargs), None
 
-        xs = (jnp.arange(start, stop, dtype=jnp.int32), nnx.from_flat_state(rows))
+        xs = (jnp.arange(start, stop, dtype=jnp.int32), rows)
         return jax.lax.scan(jax.checkpoint(body, policy=None if self.remat else _keep), carry, xs)[0]
 
 

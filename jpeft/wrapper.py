@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
 from jpeft.variables import AdapterIds
+
+
+class Seen(dict[str, jax.Array]):
+    """What is shown while `observing`, by name. layer: the one that runs, set by the `Stack` around it."""
+
+    layer: int | None = None
+
+
+_seen: ContextVar[Seen | None] = ContextVar("seen", default=None)
+
+
+@contextlib.contextmanager
+def observing() -> Iterator[Seen]:
+    """Collects what wrappers show in this block; see `jpeft.observe`."""
+    seen = Seen()
+    token = _seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _seen.reset(token)
+
+
+def observer() -> Seen | None:
+    """What collects at present, if anything does."""
+    return _seen.get()
+
 
 _OWN = ("base", "name", "layers", "adapter_ids", "leading")
 
@@ -27,6 +56,8 @@ class Wrapper(nnx.Module):
 
     # Whether a layer may go without: `jpeft.drop_adapters` takes it away, where others are part of what was trained.
     droppable: ClassVar[bool] = False
+
+    place: tuple[str, str] = ("", "")  # while observed: its canonical path, before and behind the layer's number
 
     positions_taken: int = 0  # how many positions the wrapper takes before the first token
     virtual_tokens: int = 0  # how many ids above the vocabulary an embedding's wrapper knows
@@ -49,6 +80,14 @@ class Wrapper(nnx.Module):
         if attribute.startswith("_") or attribute in _OWN:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
         return getattr(self.base, attribute)
+
+    def observed(self, name: str, value: jax.Array) -> jax.Array:
+        """`value`, which `jpeft.observe` returns under this name."""
+        seen = observer()
+        if seen is not None:
+            layer = [] if seen.layer is None else [str(seen.layer)]
+            seen["/".join(part for part in (self.place[0], *layer, self.place[1], name) if part)] = value
+        return value
 
     def penalty(self) -> jax.Array | None:
         """What the wrapper adds to the loss, a float32 scalar summed over its layer axes; None for nothing."""

@@ -264,6 +264,25 @@ METHODS: dict[str, Entry] = {
         on={"flax-attention": jpeft.ParallelAdapter(targets="attention", activation="tanh")},
         merges=False,
     ),
+    "mam": Entry(
+        jpeft.MAM(num_virtual_tokens=3, hidden_size=7), models=("mistral-remat",), starts="elsewhere", merges=False
+    ),
+    "unipelt": Entry(
+        jpeft.UniPELT(num_virtual_tokens=3, hidden_size=7, rank=2, bottleneck_size=5),
+        models=("gpt2", "flax-attention"),
+        on={
+            "flax-attention": jpeft.UniPELT(
+                num_virtual_tokens=3,
+                reparameterize=False,
+                projections="query",
+                attention="attention",
+                outputs="attention.out",
+                bottleneck_size=5,
+            )
+        },
+        starts="elsewhere",
+        merges=False,
+    ),
 }
 
 # Further configurations, which differ in ways that do not depend on the model.

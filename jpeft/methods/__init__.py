@@ -8,10 +8,12 @@ from jpeft.errors import JpeftError, nearest
 from jpeft.methods.bottleneck import Houlsby, ParallelAdapter, Pfeiffer
 from jpeft.methods.compose import Compose, compose
 from jpeft.methods.lora import LoRA
+from jpeft.methods.mam import MAM
 from jpeft.methods.method import Method, applied
 from jpeft.methods.prefix import PrefixTuning, PTuningV2
 from jpeft.methods.prompt import PromptTuning, PTuning
 from jpeft.methods.retrained import BitFit, FullTuning, NormTuning
+from jpeft.methods.unipelt import UniPELT
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -25,6 +27,8 @@ METHODS: dict[str, type[Method]] = {
     "houlsby": Houlsby,
     "pfeiffer": Pfeiffer,
     "parallel_adapter": ParallelAdapter,
+    "mam": MAM,
+    "unipelt": UniPELT,
 }
 
 
@@ -38,6 +42,7 @@ def from_dict(config: dict[str, Any]) -> Method:
 
 
 __all__ = [
+    "MAM",
     "METHODS",
     "BitFit",
     "Compose",
@@ -52,6 +57,7 @@ __all__ = [
     "Pfeiffer",
     "PrefixTuning",
     "PromptTuning",
+    "UniPELT",
     "applied",
     "compose",
     "from_dict",

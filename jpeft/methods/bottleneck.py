@@ -30,9 +30,9 @@ from jpeft.methods.bottleneck_wrappers import (
 )
 from jpeft.methods.method import Method
 from jpeft.methods.retrained import NormTuning
-from jpeft.methods.targeted import Targeted, lead_of, replaced
+from jpeft.methods.targeted import Targeted, lead_of, replaced, targets_or_none
 from jpeft.paths import Node
-from jpeft.targets import Layers, entries
+from jpeft.targets import Layers
 from jpeft.wrapper import innermost
 
 
@@ -170,7 +170,7 @@ class Houlsby(_Bottlenecks):
     def __post_init__(self) -> None:
         super().__post_init__()
         fields.check_switch(self, "train_norms")
-        fields.settle(self, norms=None if self.norms is None else entries(self.norms))
+        fields.settle(self, norms=targets_or_none(self.norms))
 
     def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
         made = super().apply(model, key)

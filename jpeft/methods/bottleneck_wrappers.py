@@ -61,7 +61,7 @@ class RowWise(Wrapper):
     own: tuple[str, ...] = ()
     off: ClassVar[str | None] = None  # the variable that is 0 in rows which use no task
 
-    def evaluated(self, function: Callable[..., Array], *arrays: Array) -> Array:
+    def evaluated(self, function: Callable[..., Any], *arrays: Array) -> Any:
         """function(values, *arrays), values being `own` by name; with several tasks, row by row of the arrays."""
         values = {name: vars(self)[name][...] for name in self.own}
         if self.adapter_ids is None:
@@ -75,8 +75,8 @@ class RowWise(Wrapper):
             scale = chosen[self.off]
             chosen[self.off] = jnp.where((ids < 0).reshape(-1, *(1,) * (scale.ndim - 1)), 0, scale)
 
-        def one(values: Values, *row: Array) -> Array:
-            return function(values, *(array[None] for array in row))[0]
+        def one(values: Values, *row: Array) -> Any:
+            return jax.tree.map(lambda made: made[0], function(values, *(array[None] for array in row)))
 
         return jax.vmap(one)(chosen, *arrays)
 

@@ -11,6 +11,8 @@ The contract, whatever the model does around it:
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ class PrefixWrapper(Wrapper):
     """An attention function that attends to P more keys and values. Subclasses say what they are."""
 
     takes_many = True
+    weights: jax.Array | None = None  # [..., T]: logarithms of factors on the prefix's attention weights
 
     def __init__(self, base: Any, *, name: str, count: int, leading: int, layers: tuple[int, ...] | None):
         super().__init__(base, name=name, layers=layers)
@@ -34,6 +37,15 @@ class PrefixWrapper(Wrapper):
     def prefix(self) -> tuple[jax.Array, jax.Array]:
         """Keys and values [P, K, H]; with several tasks [tasks, P, K, H]."""
         raise NotImplementedError(type(self).__name__)
+
+    @contextlib.contextmanager
+    def weighted(self, weights: jax.Array) -> Iterator[None]:
+        """In this block, queries weigh the prefix exp(weights) [..., T] times as much, before weights are normalised."""
+        object.__setattr__(self, "weights", weights)  # an argument in disguise: nothing that NNX should track
+        try:
+            yield
+        finally:
+            object.__delattr__(self, "weights")
 
     def __call__(
         self,
@@ -63,8 +75,11 @@ class PrefixWrapper(Wrapper):
             mask = jnp.ones((1,) * (k.ndim - 2) + (queries, keys), bool) if mask is None else mask
         if mask is not None:
             mask = _widened(mask.astype(bool), self.positions_taken, keys, True if seen is None else seen)
+        if bias is None and self.weights is not None:
+            bias = jnp.zeros((1,) * (k.ndim - 2) + (queries, keys), q.dtype)
         if bias is not None:
-            kwargs["bias"] = _widened(bias, self.positions_taken, keys, 0)
+            own = 0 if self.weights is None else self.weights[..., None, :, None]
+            kwargs["bias"] = _widened(bias, self.positions_taken, keys, own)
         own_k, own_v = (self._rows(rows, k) for rows in self.prefix())
         k, v = jnp.concatenate([own_k, k], axis=-3), jnp.concatenate([own_v, v], axis=-3)
         return self.base(q, k, v, mask=mask, **kwargs)

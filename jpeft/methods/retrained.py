@@ -114,7 +114,7 @@ class Retrained(Wrapper):
         return base
 
 
-def _set(module: nnx.Module, values: Mapping[str, jax.Array]) -> None:
+def _set(module: Any, values: Mapping[str, jax.Array]) -> None:
     """Puts `values` into variables of `module`, in their types; a missing one is made like the weight."""
     for own, value in values.items():
         kept = vars(module).get(own)

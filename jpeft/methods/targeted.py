@@ -100,6 +100,11 @@ class Targeted(Method):
         return wrap
 
 
+def targets_or_none(given: Any) -> tuple[Entry, ...] | None:
+    """Targets of a part of a method in their one form; None, for what the model declares, stays None."""
+    return None if given is None else entries(given)
+
+
 def replaced(method: Any, **changes: Any) -> Any:
     """`method` with other values of some fields."""
     return dataclasses.replace(method, **changes)

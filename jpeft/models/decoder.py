@@ -64,6 +64,11 @@ class SelfAttention(nnx.Module):
         self.attention_fn = attention
 
     @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.q_proj.in_features
+
+    @property
     def kv_shape(self) -> tuple[int, int]:
         """(heads, head width) of the keys and values."""
         return self.k_proj.out_features // self.head_dim, self.head_dim

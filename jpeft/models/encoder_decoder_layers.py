@@ -57,6 +57,11 @@ class T5Attention(nnx.Module):
         self.attention_fn = attention
 
     @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.q.in_features
+
+    @property
     def kv_shape(self) -> tuple[int, int]:
         """(heads, head width) of the keys and values."""
         return self.num_heads, self.k.out_features // self.num_heads

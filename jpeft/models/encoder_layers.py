@@ -73,6 +73,11 @@ class SelfAttention(nnx.Module):
         self.attention_fn = attention
 
     @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.query.in_features
+
+    @property
     def kv_shape(self) -> tuple[int, int]:
         """(heads, head width) of the keys and values."""
         return self.num_heads, self.key.out_features // self.num_heads

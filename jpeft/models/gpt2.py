@@ -49,6 +49,11 @@ class SelfAttention(nnx.Module):
         self.attention_fn = attention
 
     @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.c_attn.in_features
+
+    @property
     def kv_shape(self) -> tuple[int, int]:
         """(heads, head width) of the keys and values."""
         return self.heads, self.c_proj.in_features // self.heads
