@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from jpeft.interop.config import Schema, Settings
 from jpeft.interop.links import Link
+from jpeft.interop.names import PREFIX
 from jpeft.methods import Method
 from jpeft.models.model import Model
 from jpeft.models.tensors import TensorInfo
@@ -35,3 +36,12 @@ class Converter:
     write: Callable[[Model, Any], dict[str, Any]]
     prefix: str = ""
     training: Callable[[Any], bool] = lambda method: False
+
+    def targeted(self, links: Sequence[Link]) -> set[str]:
+        """The names in the file of the modules that have an adapter."""
+        return {link.name.rpartition(f".{self.prefix}")[0] for link in links} if self.prefix else set()
+
+    @property
+    def before(self) -> str:
+        """What stands in the file before transformers' names for modules trained as a whole."""
+        return PREFIX if self.prefix else "base_model."

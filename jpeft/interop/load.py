@@ -10,9 +10,8 @@ import numpy as np
 from flax import nnx
 
 from jpeft.errors import JpeftError
-from jpeft.interop import converters, folder, saved
+from jpeft.interop import converters, folder, saved, training
 from jpeft.interop.config import TASK_TYPES, Settings
-from jpeft.interop.converter import Converter
 from jpeft.interop.links import check, filled
 from jpeft.interop.names import model_and_family
 from jpeft.methods import Method, compose
@@ -40,18 +39,32 @@ def load_peft(model: _M, path: str | Path) -> _M:
     converter = converters.for_settings(settings)
     settings.conform(converter.schema)
     file = folder.read_weights(where)
+
+    def read(name: str) -> np.ndarray:
+        return folder.read_tensor(file, name)
+
+    encoded = training.read(where)
     method = converter.read(settings, model, file.tensors)
-    beside = saved.Saved((), ())
-    if converter.prefix:
-        beside = saved.read(settings, model, file.tensors.keys(), lambda name: folder.read_tensor(file, name))
-    adapted = _abstract((method, *beside.methods), model, str(where))
-    links = list(converter.links(adapted, method))
-    targeted = {link.name.rpartition(f".{converter.prefix}")[0] for link in links} if converter.prefix else set()
-    links += saved.links(adapted, targeted) if converter.prefix else []
-    check(links, file.tensors, beside.accounted, file.where, hint=_hint(settings, model))
+    beside = saved.read(settings, model, converter.before, file.tensors.keys(), read)
+    methods = (encoded[0] if encoded else method, *beside.methods)
+    adapted = _abstract(methods, model, str(where))
+
+    # What the files have to hold is told by the model without encoders.
+    plain = _abstract((method, *beside.methods), model, str(where)) if encoded else adapted
+    own = list(converter.links(plain, method))
+    others = saved.links(adapted, converter.before, converter.targeted(own))
+    check([*own, *others], file.tensors, beside.accounted, file.where, hint=_hint(settings, model))
     graphdef, adapter, buffers, _ = partition(adapted)
-    values = filled(links, {**adapter, **buffers}, lambda name: folder.read_tensor(file, name))
-    return _combined((method, *beside.methods), model, graphdef, adapter, buffers, values)
+    shapes = {**adapter, **buffers}
+    if encoded:
+        values = training.values(encoded[1], shapes, partition(model), {link.key for link in others})
+    else:
+        values = filled(own, shapes, read)
+    made = _combined(methods, model, graphdef, adapter, buffers, {**values, **filled(others, shapes, read)})
+    if encoded:
+        baked = encoded[0].baked()
+        training.check(made, lambda model: list(converter.links(model, baked)), read, where)
+    return made
 
 
 def _abstract(methods: tuple[Method, ...], model: Any, where: str) -> Any:
@@ -86,6 +99,3 @@ def _hint(settings: Settings, model: Model) -> str:
     return f"the adapter is for {settings.task_type}, the model for {model.task!r}" + (
         f"; load it with jpeft.models.load(..., task={task!r})" if task else ""
     )
-
-
-__all__ = ["Converter", "load_peft"]

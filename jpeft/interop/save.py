@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from jpeft.baking import bake
 from jpeft.errors import JpeftError
-from jpeft.interop import converters, folder, saved
+from jpeft.interop import converters, folder, saved, training
 from jpeft.interop.config import TASK_TYPES
-from jpeft.interop.links import gathered
+from jpeft.interop.links import Link, filled, gathered
 from jpeft.interop.names import model_and_family
 from jpeft.methods import BitFit, FullTuning, applied
 from jpeft.models.model import Model
@@ -38,34 +41,46 @@ def save_peft(model: Model, path: str | Path, *, base_model: str | None = None, 
         )
     method = methods[0]
     converter = converters.for_method(method)
-    links = list(converter.links(model, method))
     fields = converter.write(model, method)
-    targeted = {link.name.rpartition(f".{converter.prefix}")[0] for link in links}
-    beside, tensors = saved.write(model, targeted)
-    links += saved.links(model, targeted)
+    encoded = converter.training(method)
+    plain, stored = (bake(model), method.baked()) if encoded else (model, method)
+    links = list(converter.links(plain, stored))
+    targeted = converter.targeted(links)
+    beside, tensors = saved.write(model, converter.before, targeted)
     odd = {name for name in beside if name not in converter.schema.used}
     if odd:
         raise JpeftError(f"save_peft: PEFT's {converter.peft_type} has no {', '.join(sorted(odd))}")
-    arrays = _arrays(model, links)
-    name = base_model or model.config.raw.get("_name_or_path")
+    others = saved.links(model, converter.before, targeted)
     config: dict[str, Any] = {
         **converter.schema.defaults,
-        "base_model_name_or_path": name,
+        "base_model_name_or_path": base_model or model.config.raw.get("_name_or_path"),
         "peft_type": converter.peft_type,
         "task_type": TASK_TYPES.get(model.task),
         **fields,
         **beside,
     }
-    folder.write(target, config, {**tensors, **gathered(links, arrays)})
+    tensors |= _tensors(plain, [*links, *others])
+    beside_it = training.contents(model, method, {link.key for link in others}) if encoded else None
+    folder.write(target, config, tensors, beside_it)
     return target
 
 
-def _arrays(model: Any, links: Any) -> dict[str, Any]:
-    """What trains and its buffers. Raises JpeftError for trained arrays that no link takes to the file."""
+def _tensors(model: Any, links: Sequence[Link]) -> dict[str, np.ndarray]:
+    """What trains and its buffers. Raises JpeftError for what the file has no place for."""
     _, adapter, buffers, _ = partition(model)
     if any(isinstance(array, jax.ShapeDtypeStruct) for array in adapter.values()):
         raise JpeftError("save_peft: the model is abstract; there are no arrays to save")
-    left = sorted(adapter.keys() - {link.key for link in links})
+    keys = {link.key for link in links}
+    left = sorted(adapter.keys() - keys)
     if left:
         raise JpeftError(f"save_peft: PEFT's files have no place for {', '.join(left[:4])}; use jpeft.save_adapter")
-    return {**adapter, **buffers}
+    arrays = {key: value for key, value in {**adapter, **buffers}.items() if key in keys}
+    made = gathered(links, arrays)
+    again = filled(links, arrays, made.__getitem__)
+    lost = [key for key in arrays if not np.array_equal(again[key], arrays[key], equal_nan=True)]
+    if lost:
+        raise JpeftError(
+            f"save_peft: PEFT's file cannot hold {', '.join(lost[:4])} with these values (it has one place for several "
+            "of them, or none); use jpeft.save_adapter"
+        )
+    return made

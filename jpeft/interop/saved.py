@@ -18,7 +18,7 @@ from jpeft.errors import JpeftError
 from jpeft.interop.config import Settings
 from jpeft.interop.links import Link, whole
 from jpeft.interop.lora import check_tie, check_tied
-from jpeft.interop.names import PREFIX, Place, in_task, model_and_family, places, tensor_name, tied_embedding, tied_head
+from jpeft.interop.names import Place, in_task, model_and_family, places, tensor_name, tied_embedding, tied_head
 from jpeft.interop.selection import CLASSIFIERS, modules_to_save, shortest, targets_for
 from jpeft.merge import strip
 from jpeft.methods import BitFit, FullTuning, Method
@@ -84,8 +84,13 @@ class Saved:
     accounted: tuple[str, ...]
 
 
-def read(settings: Settings, model: Model, names: Collection[str], tensor: Callable[[str], np.ndarray]) -> Saved:
-    """What a file trains beside the adapter. names: of its tensors; tensor: reads one."""
+def read(
+    settings: Settings, model: Model, before: str, names: Collection[str], tensor: Callable[[str], np.ndarray]
+) -> Saved:
+    """What a file trains beside the adapter.
+
+    before: what stands before transformers' names in the file. names: of its tensors; tensor: reads one.
+    """
     entries = modules_to_save(settings)
     bias = settings.choice("bias", "none", ("none", "all", "lora_only"))
     everything = {(place.node.name, place.member): place for place in places(model)}
@@ -95,13 +100,13 @@ def read(settings: Settings, model: Model, names: Collection[str], tensor: Calla
     for one in stored(model):
         place = everything[one.place]
         wanted = any(_ends(part, entry) for part in _around(one.means or one.module) for entry in entries)
-        if wanted and not (one.means or one.trains) and PREFIX + one.name not in names:
+        if wanted and not (one.means or one.trains) and before + one.name not in names:
             entire[place] = True  # it is then found to be missing
-        for name in _spellings(one.name):
+        for name in _spellings(before, one.name):
             if name not in names:
                 continue
-            plain = name == PREFIX + one.name
-            if _TWICE in name and PREFIX + one.name in names and _same(tensor(name), tensor(PREFIX + one.name)):
+            plain = name == before + one.name
+            if _TWICE in name and before + one.name in names and _same(tensor(name), tensor(before + one.name)):
                 accounted.append(name)
             elif wanted and plain:
                 if not one.trains:
@@ -121,7 +126,7 @@ def read(settings: Settings, model: Model, names: Collection[str], tensor: Calla
     differing = [place for place, differs in entire.items() if differs]
     for one in stored(model):
         if everything[one.place] in entire and everything[one.place] not in differing:
-            accounted.append(PREFIX + one.name)
+            accounted.append(before + one.name)
     methods: list[Method] = []
     if differing:
         methods.append(FullTuning(targets=targets_for(differing, list(everything.values()))))
@@ -130,11 +135,11 @@ def read(settings: Settings, model: Model, names: Collection[str], tensor: Calla
     return Saved(tuple(methods), tuple(accounted))
 
 
-def _spellings(name: str) -> Iterator[str]:
+def _spellings(before: str, name: str) -> Iterator[str]:
     module, _, last = name.rpartition(".")
-    yield PREFIX + name
+    yield before + name
     for part in _INSIDE:
-        yield f"{PREFIX}{module}{part}{last}"
+        yield f"{before}{module}{part}{last}"
 
 
 def _around(module: str) -> Iterator[str]:
@@ -185,20 +190,20 @@ def _rows(node: Node, layers: Any, kind: str, key: str, variable: Any) -> Iterat
         yield _Trained(node, member, None if member is None else row, kind, key, method, own)
 
 
-def links(model: Model, targeted: Collection[str]) -> list[Link]:
+def links(model: Model, before: str, targeted: Collection[str]) -> list[Link]:
     """Where each variable that is trained as a whole stands. targeted: names in the file of modules with an adapter."""
     found = model_and_family(model, "peft")[1]
     made = []
     for entry in _trained(model):
-        name = PREFIX + tensor_name(model, found, f"{entry.node.expanded(entry.member)}.{entry.kind}")
+        name = before + tensor_name(model, found, f"{entry.node.expanded(entry.member)}.{entry.kind}")
         owner, _, last = name.rpartition(".")
         if entry.method == "bias" and owner in targeted:
             name = f"{owner}.base_layer.{last}"
         turned = entry.kind == "kernel" and entry.node.parts[-1] not in found.untransposed
         shape = entry.shape[::-1] if turned else entry.shape
         made.append(Link(entry.key, entry.row, name, shape, ours=_turned if turned else whole))
-        if owner == f"{PREFIX}{tied_embedding(model, found)}":
-            made.append(Link(entry.key, entry.row, f"{PREFIX}{tied_head(found)}.weight", shape, copy=True))
+        if owner == f"{before}{tied_embedding(model, found)}":
+            made.append(Link(entry.key, entry.row, f"{before}{tied_head(found)}.weight", shape, copy=True))
     return made
 
 
@@ -206,7 +211,7 @@ def _turned(array: np.ndarray) -> np.ndarray:
     return array.T
 
 
-def write(model: Model, targeted: Collection[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def write(model: Model, before: str, targeted: Collection[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The fields of adapter_config.json, and the tensors that PEFT wants although nothing trains them.
 
     Raises JpeftError for biases that PEFT has no name for.
@@ -219,7 +224,7 @@ def write(model: Model, targeted: Collection[str]) -> tuple[dict[str, Any], dict
     heads = CLASSIFIERS if model.task in ("sequence-classification", "token-classification") else ()
     base = stored(model)
     tensors = {
-        PREFIX + one.name: one.value()
+        before + one.name: one.value()
         for one in base
         if one.module.split(".", maxsplit=1)[0] in heads and one.module not in entire
     }
@@ -232,13 +237,13 @@ def write(model: Model, targeted: Collection[str]) -> tuple[dict[str, Any], dict
         check_tie(model, str(tied), "save_peft")
         fields["ensure_weight_tying"] = True
     if biased:
-        fields["bias"] = _bias(base, biased, entire, targeted)
+        fields["bias"] = _bias(base, biased, entire, before, targeted)
     return fields, tensors
 
 
-def _bias(base: Sequence[Stored], biased: set[str], whole: set[str], targeted: Collection[str]) -> str:
+def _bias(base: Sequence[Stored], biased: set[str], whole: set[str], before: str, targeted: Collection[str]) -> str:
     having = {one.module for one in base if one.kind == "bias"} - whole
-    if biased == {name for name in having if PREFIX + name in targeted}:
+    if biased == {name for name in having if before + name in targeted}:
         return "lora_only"
     if biased == having:
         return "all"

@@ -74,12 +74,12 @@ class _Span:
 
 
 class SafetensorsFile:
-    """A safetensors file as a `TensorSource`."""
+    """A safetensors file as a `TensorSource`. `metadata` is what its writer noted, strings by name."""
 
     def __init__(self, path: Path):
         self.where = str(path)
         self.path = path
-        self._spans = _read_header(path)
+        self.metadata, self._spans = _read_header(path)
         self._data: np.ndarray | None = None
 
     @property
@@ -97,7 +97,7 @@ class SafetensorsFile:
         return self._data[span.start : span.stop].view(span.info.dtype).reshape(span.info.shape)
 
 
-def _read_header(path: Path) -> dict[str, _Span]:
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, _Span]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -111,7 +111,9 @@ def _read_header(path: Path) -> dict[str, _Span]:
             raw = parse_json(file.read(length), f"{path}: header")
     except OSError as error:
         raise JpeftError(f"{path}: cannot be read: {error.strerror or error}") from error
-    raw.pop("__metadata__", None)
+    metadata = raw.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise JpeftError(f"{path}: the metadata in the header is no object of strings")
     start = 8 + length
     spans = {name: _span(f"{path}: tensor {name!r}", entry, start, size) for name, entry in raw.items()}
     last, before = start, ""
@@ -119,7 +121,7 @@ def _read_header(path: Path) -> dict[str, _Span]:
         if span.start < last:
             raise JpeftError(f"{path}: tensors {before!r} and {name!r} overlap; the file is damaged, get it again")
         last, before = span.stop, name
-    return spans
+    return metadata, spans
 
 
 def _span(where: str, entry: Any, start: int, size: int) -> _Span:

@@ -223,6 +223,9 @@ def test_what_cannot_be_written(llama: Any, saved: Path, tmp_path: Path) -> None
         ),
         "'transformer.wte' is adapted": jpeft.LoRA(rank=2, targets="wte")(base("gpt2"), rngs=0),
         "expected a model of jpeft.models": lora,
+        r"position=\(0, 2\)": jpeft.PromptTuning(num_virtual_tokens=2, position=(0, 2))(llama, rngs=0),
+        "prefix tuning of encoder-decoders": jpeft.PTuningV2(num_virtual_tokens=2)(base("t5"), rngs=0),
+        "is on every layer of layers/self_attn": jpeft.PTuningV2(num_virtual_tokens=2, layers=[1])(llama, rngs=0),
     }
     for said, model in refused.items():
         with pytest.raises(JpeftError, match=said):

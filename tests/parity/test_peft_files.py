@@ -17,10 +17,11 @@ torch = pytest.importorskip("torch")
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT calls transformers so
+    pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*save_embedding_layers.*:UserWarning"),
 ]
 
-VOCABULARY, WIDTH, LAYERS = 31, 16, 3
+VOCABULARY, WIDTH, LAYERS, P = 31, 16, 3, 4
 _COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": LAYERS}
 _LLAMA = {**_COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
 _BERT = {**_COMMON, "num_attention_heads": 4, "max_position_embeddings": 32, "num_labels": 3}
@@ -103,6 +104,8 @@ def theirs(model: Any, given: dict[str, np.ndarray]) -> np.ndarray:
 
 def difference(ours: Any, expected: np.ndarray) -> float:
     ours = np.asarray(ours)
+    if ours.ndim == 3 and expected.shape[1] == ours.shape[1] + P:
+        expected = expected[:, P:]  # PEFT answers for virtual tokens too
     assert ours.shape == expected.shape
     return float(np.abs(ours - expected).max() / np.abs(expected).max())
 
@@ -156,7 +159,8 @@ def both_ways(name: str, config: Any, bases: Any, folder: Path) -> tuple[Any, di
     again = jpeft.load_peft(our_base(name, bases(name)), folder / "ours")
     assert difference(again(**given), expected) < 1e-5
     written, known = (json.loads((folder / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
-    assert written.keys() == known.keys()
+    if written["peft_type"] == known["peft_type"]:  # P-tuning without its encoder is prompt tuning
+        assert written.keys() == known.keys()
     known_shapes = shapes(folder / "theirs").items()
     assert shapes(folder / "ours") == {k: v for k, v in known_shapes if not any(part in k for part in IDLE)}
     return ours, written
@@ -204,3 +208,62 @@ def test_lora(case: str, bases: Any, tmp_path: Path) -> None:
     name, fields = LORA[case]
     config = peft.LoraConfig(task_type=TASK_TYPES.get(BASES[name][3]), **fields)
     both_ways(name, config, bases, tmp_path)
+
+
+PROMPTS = {
+    "prompt": ("llama", "PromptTuningConfig"),
+    "prompt-classifier": ("bert", "PromptTuningConfig"),
+    "prompt-tags": ("tags", "PromptTuningConfig"),
+    "prompt-t5": ("t5", "PromptTuningConfig"),
+    "encoded": ("gpt2", "PromptEncoderConfig"),
+    "prefix": ("gpt2", "PrefixTuningConfig"),
+    "prefix-grouped": ("tied", "PrefixTuningConfig"),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_prompts(case: str, bases: Any, tmp_path: Path) -> None:
+    """PEFT runs no prefix on classifiers with transformers 5; why T5's is refused stands in prefix.py."""
+    import peft
+
+    name, kind = PROMPTS[case]
+    config = getattr(peft, kind)(task_type=TASK_TYPES[BASES[name][3]], num_virtual_tokens=P)
+    both_ways(name, config, bases, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        jpeft.PTuning(num_virtual_tokens=P, hidden_size=5, encoder_layers=1),
+        jpeft.PrefixTuning(num_virtual_tokens=P, hidden_size=6),
+    ],
+    ids=["p-tuning", "prefix"],
+)
+def test_encoders_stay_here(method: Any, bases: Any, tmp_path: Path) -> None:
+    """PEFT reads what encoders make; here the encoder comes back, bit for bit, and training goes on."""
+    import peft
+
+    base = our_base("llama", bases("llama"))
+    parts = jpeft.partition(method(base, rngs=0))
+    adapter = {key: value + 0.1 for key, value in parts.adapter.items()}
+    ours = jpeft.combine(parts.graphdef, adapter, *parts[2:])
+    folder = jpeft.save_peft(ours, tmp_path / "ours")
+    read = peft.PeftModel.from_pretrained(their_base("llama", bases("llama")), folder)
+    given = batch("llama")
+    assert difference(ours(**given), theirs(read, given)) < 1e-5
+
+    again = jpeft.load_peft(base, folder)
+    assert jpeft.applied(again) == (method,)
+    found = jpeft.partition(again).adapter
+    assert found.keys() == adapter.keys()
+    assert all(np.array_equal(found[key], adapter[key]) for key in adapter)
+
+    training = folder / "jpeft_training.safetensors"
+    training.rename(folder / "elsewhere")
+    plain = jpeft.load_peft(base, folder)
+    assert difference(plain(**given), theirs(read, given)) < 1e-5
+    jpeft.save_peft(moved(plain), folder, overwrite=True)
+    assert not training.exists()
+    (jpeft.save_peft(ours, tmp_path / "other") / "jpeft_training.safetensors").rename(training)
+    with pytest.raises(jpeft.JpeftError, match="does not make the prompt_embeddings"):
+        jpeft.load_peft(base, folder)
