@@ -109,6 +109,13 @@ class NotMergeable(Exception):
     """Why one wrapper cannot be folded into its base; `jpeft.merge` collects these into one JpeftError."""
 
 
+def at(module: Any, name: str) -> Any:
+    """The wrapper called `name` around a module, which has one."""
+    while module.name != name:
+        module = module.base
+    return module
+
+
 def innermost(module: Any) -> Any:
     """The module under all wrappers."""
     while isinstance(module, Wrapper):

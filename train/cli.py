@@ -1,4 +1,4 @@
-"""The command line: `jpeft train`, `jpeft generate`, `jpeft merge`.
+"""The command line: `jpeft train`, `jpeft generate`, `jpeft merge`, `jpeft export`.
 
 JAX and everything that brings it are imported inside the commands, so that help appears at once.
 """
@@ -95,6 +95,21 @@ def merge(
     Example: jpeft merge runs/smollm2 merged, then AutoModelForCausalLM.from_pretrained("merged")
     """
     from train.use import merge as write
+
+    for line in write(run, folder):
+        typer.echo(line)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    folder: Annotated[Path, typer.Argument(help="New folder for the adapter.", metavar="FOLDER")],
+) -> None:
+    """Write the adapter alone as Hugging Face PEFT stores it.
+
+    Example: jpeft export runs/smollm2 adapter, then PeftModel.from_pretrained(base, "adapter")
+    """
+    from train.use import export as write
 
     for line in write(run, folder):
         typer.echo(line)

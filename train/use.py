@@ -1,4 +1,4 @@
-"""What is done with a finished run: asking it, and merging it into its model."""
+"""What is done with a finished run: asking it, merging it into its model, handing its adapter on."""
 
 from __future__ import annotations
 
@@ -90,5 +90,17 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
     yield f"merged into {target}; load it with jpeft.models.load({str(target)!r}) or with transformers"
     if run.config.model.base is not None:
         yield "note: the base is quantised, which cannot hold an adapter exactly; the merged model is in full precision"
+    if run.config.model.pooling is not None:
+        yield "note: transformers' own classifiers do not pool by the mean; jpeft does"
+
+
+def export(folder: Path, target: Path) -> Iterator[str]:
+    """Writes the run's adapter to `target` as Hugging Face PEFT stores it.
+
+    Raises JpeftError if PEFT's files cannot hold the method, or `target` exists.
+    """
+    run = open_run(folder)
+    jpeft.save_peft(run.model, target.expanduser(), base_model=run.config.model.source)
+    yield f"written to {target}; load it with jpeft.load_peft(base, {str(target)!r}) or with PEFT"
     if run.config.model.pooling is not None:
         yield "note: transformers' own classifiers do not pool by the mean; jpeft does"

@@ -6,11 +6,12 @@ from jpeft.errors import JpeftError, nearest
 from jpeft.interop.config import Settings
 from jpeft.interop.converter import Converter
 from jpeft.interop.lora import LORA
+from jpeft.interop.norms import LN_TUNING
 from jpeft.interop.prefix import PREFIX_TUNING
 from jpeft.interop.prompts import P_TUNING, PROMPT_TUNING
 from jpeft.methods import Method
 
-CONVERTERS: tuple[Converter, ...] = (LORA, PROMPT_TUNING, P_TUNING, PREFIX_TUNING)
+CONVERTERS: tuple[Converter, ...] = (LORA, PROMPT_TUNING, P_TUNING, PREFIX_TUNING, LN_TUNING)
 
 
 def for_settings(settings: Settings) -> Converter:

@@ -84,10 +84,14 @@ def _combined(
 ) -> Any:
     """The adapted model: arrays from the file (`values`), scales and masks by the methods, the rest the base's."""
     base = partition(model)
+
+    def computed(*arrays: Arrays) -> Arrays:
+        return partition(compose(*methods)(combine(base.graphdef, *arrays), rngs=0)).buffers
+
     own = {**base.adapter, **base.buffers, **values}
-    # Compiled, so that the initial values that nobody needs are not drawn.
-    made = {**own, **(jax.jit(lambda: partition(compose(*methods)(model, rngs=0)).buffers)() if buffers else {}), **own}
-    put = {key: jax.numpy.asarray(made[key]) for key in (*adapter, *buffers)}
+    if not buffers.keys() <= own.keys():  # compiled, so that initial values that nobody needs are not drawn
+        own = {**jax.jit(computed)(*base[1:]), **own}
+    put = {key: jax.numpy.asarray(own[key]) for key in (*adapter, *buffers)}
     return combine(graphdef, {k: put[k] for k in adapter}, {k: put[k] for k in buffers}, base.frozen)
 
 

@@ -22,6 +22,7 @@ from jpeft.methods import LoRA
 from jpeft.models.model import Model
 from jpeft.targets import Pattern as OurPattern
 from jpeft.targets import prefix_of
+from jpeft.wrapper import at
 
 _KINDS = (nnx.Linear, nnx.Embed)
 
@@ -80,7 +81,7 @@ def _read(settings: Settings, model: Model, tensors: Tensors) -> LoRA:
         )
     settings.flag("fan_in_fan_out", False)  # the layout in files is one and the same
     everything = list(places(model))
-    chosen = selected(settings, everything, _KINDS)
+    chosen = selected(settings, everything, lambda place: place.kind in _KINDS, "linear layers and embeddings")
     check_tied(settings, model, [place.name for place in chosen])
     rank, alpha = settings.integer("r", 8), settings.real("lora_alpha", 8)
     ranks, alphas = Pattern(settings, "rank_pattern"), Pattern(settings, "alpha_pattern")
@@ -154,17 +155,10 @@ def adapted_places(model: Model, method: Any, name: str) -> Iterator[_Adapted]:
             rank = ranks(node, member, prefix, method.rank)
             if not rank:
                 continue
-            covered = wrapper_at(node.module, name).layers
+            covered = at(node.module, name).layers
             row = member if member is None or covered is None else covered.index(member)
             alpha = float(alphas(node, member, prefix, default))
             yield _Adapted(by_node[node.name, member], row, rank, alpha)
-
-
-def wrapper_at(module: Any, name: str) -> Any:
-    """The wrapper called `name` around `module`."""
-    while module.name != name:
-        module = module.base
-    return module
 
 
 def _links(model: Model, method: LoRA) -> list[Link]:
@@ -240,7 +234,7 @@ def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
 def _alpha(method: LoRA, entry: _Adapted) -> int | float:
     """The alpha of one module, as its scale has it."""
     root = math.sqrt(entry.rank) if method.use_rslora else entry.rank
-    scale = wrapper_at(entry.place.node.module, method.name).scale.get_value()
+    scale = at(entry.place.node.module, method.name).scale.get_value()
     scale = np.asarray(scale if entry.row is None else scale[entry.row])[: entry.rank]
     if np.all(scale == np.float32(entry.alpha / root)):
         return _number(entry.alpha)

@@ -21,7 +21,7 @@ from jpeft.interop.lora import check_tie, check_tied
 from jpeft.interop.names import Place, in_task, model_and_family, places, tensor_name, tied_embedding, tied_head
 from jpeft.interop.selection import CLASSIFIERS, modules_to_save, shortest, targets_for
 from jpeft.merge import strip
-from jpeft.methods import BitFit, FullTuning, Method
+from jpeft.methods import BitFit, FullTuning, Method, NormTuning
 from jpeft.methods.retrained import Retrained
 from jpeft.models.families import Slot, slots
 from jpeft.models.model import Model
@@ -159,14 +159,14 @@ def _same(tensor: np.ndarray, value: np.ndarray) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Trained:
-    """A variable trained as a whole, of one layer. method: the kind that trains it; None for a new head itself."""
+    """A variable trained as a whole, of one layer. group: of what trains it."""
 
     node: Node
     member: int | None
     row: int | None
     kind: str
     key: str
-    method: str | None
+    group: str | None
     shape: tuple[int, ...]
 
 
@@ -174,7 +174,7 @@ def _trained(model: Model) -> Iterator[_Trained]:
     for node in paths.nodes(model):
         module = node.module
         while isinstance(module, Wrapper):
-            if isinstance(module, Retrained):
+            if isinstance(module, Retrained) and _group(vars(module)[module.copied[0]]) != NormTuning.group:
                 for kind in module.copied:
                     yield from _rows(node, module.layers, kind, f"{node.name}/{module.name}/{kind}", vars(module)[kind])
             module = module.base
@@ -184,10 +184,14 @@ def _trained(model: Model) -> Iterator[_Trained]:
 
 
 def _rows(node: Node, layers: Any, kind: str, key: str, variable: Any) -> Iterator[_Trained]:
-    shape, method = tuple(variable.shape), variable.get_metadata().get("group")
+    shape, group = tuple(variable.shape), _group(variable)
     for row, member in enumerate(node.members if layers is None else layers):
         own = shape if member is None else shape[1:]
-        yield _Trained(node, member, None if member is None else row, kind, key, method, own)
+        yield _Trained(node, member, None if member is None else row, kind, key, group, own)
+
+
+def _group(variable: Any) -> str | None:
+    return variable.get_metadata().get("group")
 
 
 def links(model: Model, before: str, targeted: Collection[str]) -> list[Link]:
@@ -197,7 +201,7 @@ def links(model: Model, before: str, targeted: Collection[str]) -> list[Link]:
     for entry in _trained(model):
         name = before + tensor_name(model, found, f"{entry.node.expanded(entry.member)}.{entry.kind}")
         owner, _, last = name.rpartition(".")
-        if entry.method == "bias" and owner in targeted:
+        if entry.group == BitFit.group and owner in targeted:
             name = f"{owner}.base_layer.{last}"
         turned = entry.kind == "kernel" and entry.node.parts[-1] not in found.untransposed
         shape = entry.shape[::-1] if turned else entry.shape
@@ -219,8 +223,8 @@ def write(model: Model, before: str, targeted: Collection[str]) -> tuple[dict[st
     found = model_and_family(model, "save_peft")[1]
     entries = list(_trained(model))
     by_place = {(place.node.name, place.member): place.name for place in places(model)}
-    entire = {by_place[e.node.name, e.member] for e in entries if e.method != "bias"}
-    biased = {by_place[e.node.name, e.member] for e in entries if e.method == "bias"}
+    entire = {by_place[e.node.name, e.member] for e in entries if e.group != BitFit.group}
+    biased = {by_place[e.node.name, e.member] for e in entries if e.group == BitFit.group}
     heads = CLASSIFIERS if model.task in ("sequence-classification", "token-classification") else ()
     base = stored(model)
     tensors = {

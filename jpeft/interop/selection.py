@@ -49,11 +49,13 @@ class _Layers:
         return found is not None and int(found["index"]) in self.numbers
 
 
-def selected(settings: Settings, everything: Sequence[Place], wraps: Collection[type[nnx.Module]]) -> list[Place]:
+def selected(
+    settings: Settings, everything: Sequence[Place], accepts: Callable[[Place], bool], said: str
+) -> list[Place]:
     """The places that `target_modules`, `exclude_modules` and `layers_to_transform` select.
 
-    Raises JpeftError for entries that match nothing or a module that is none of `wraps`, and for layers that no target
-    lies in.
+    Raises JpeftError for entries that match nothing or a module that the method does not accept (`said` names those it
+    does), and for layers that no target lies in.
     """
     targets = settings.names("target_modules")
     if not targets:
@@ -82,12 +84,11 @@ def selected(settings: Settings, everything: Sequence[Place], wraps: Collection[
     if not chosen:
         near = nearest(str(targets), names, 3)
         raise JpeftError(f"{settings.where}: target_modules {targets!r} selects no module; the nearest are {near}")
-    wrong = [place for place in chosen if place.kind not in wraps]
+    wrong = [place for place in chosen if not accepts(place)]
     if wrong:
-        kinds = ", ".join(sorted(kind.__name__ for kind in wraps))
         raise JpeftError(
             f"{settings.where}: target_modules selects {wrong[0].name!r}, a {type(wrong[0].node.module).__name__}; "
-            f"{settings.peft_type} is for {kinds}"
+            f"{settings.peft_type} is for {said} here"
         )
     return chosen
 

@@ -143,7 +143,7 @@ class _Retraining(Targeted):
         )
 
 
-def _parameters(module: Any) -> dict[str, jax.Array]:
+def parameters(module: Any) -> dict[str, jax.Array]:
     """The parameters that `module` itself holds and that nothing trains yet."""
     return {
         name: variable.get_value()
@@ -186,7 +186,7 @@ class BitFit(_Retraining):
             raise JpeftError(f"{error}; to train new biases on linear layers that have none: new_biases=True") from None
 
     def copies(self, module: Any) -> dict[str, jax.Array]:
-        found = {name: value for name, value in _parameters(module).items() if name == "bias"}
+        found = {name: value for name, value in parameters(module).items() if name == "bias"}
         if found or not self.new_biases or type(module) is not nnx.Linear or module.bias is not None:
             return found
         kernel = module.kernel
@@ -217,7 +217,7 @@ class NormTuning(_Retraining):
         self.settle_targets()
 
     def copies(self, module: Any) -> dict[str, jax.Array]:
-        return {} if kinds.kind_of(module) is not None else _parameters(module)
+        return {} if kinds.kind_of(module) is not None else parameters(module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,4 +241,4 @@ class FullTuning(_Retraining):
         self.settle_targets()
 
     def copies(self, module: Any) -> dict[str, jax.Array]:
-        return {} if isinstance(module, kinds.Packed) else _parameters(module)
+        return {} if isinstance(module, kinds.Packed) else parameters(module)

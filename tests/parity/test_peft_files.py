@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT calls transformers so
     pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # PEFT says so of every norm
     pytest.mark.filterwarnings("ignore:.*save_embedding_layers.*:UserWarning"),
 ]
 
@@ -207,6 +208,22 @@ def test_lora(case: str, bases: Any, tmp_path: Path) -> None:
 
     name, fields = LORA[case]
     config = peft.LoraConfig(task_type=TASK_TYPES.get(BASES[name][3]), **fields)
+    both_ways(name, config, bases, tmp_path)
+
+
+NORMS: dict[str, Any] = {
+    "llama": ["norm", "input_layernorm"],
+    "gpt2": r".*\.h\.[12]\.ln_\d",
+    "bert": ["LayerNorm"],
+    "t5": ["layer_norm", "decoder.final_layer_norm"],
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name: str, bases: Any, tmp_path: Path) -> None:
+    import peft
+
+    config = peft.LNTuningConfig(task_type=TASK_TYPES[BASES[name][3]], target_modules=NORMS[name])
     both_ways(name, config, bases, tmp_path)
 
 

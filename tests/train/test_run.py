@@ -120,6 +120,12 @@ def test_prompt_and_completion(llama: Path, rows: Path, tmp_path: Path, config_f
     (said,) = use.generate(folder, ["the red is"], max_new_tokens=4)
     (raw,) = use.generate(folder, ["the red is\nAnswer:"], max_new_tokens=4, raw=True)
     assert said == raw
+    (line,) = use.export(folder, tmp_path / "exported")
+    assert "jpeft.load_peft" in line
+    exported = jpeft.load_peft(jpeft.models.load(llama), tmp_path / "exported")
+    written = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(llama)
+
     merged = tmp_path / "merged"
     list(use.merge(folder, merged))
     from transformers import AutoTokenizer
@@ -128,6 +134,7 @@ def test_prompt_and_completion(llama: Path, rows: Path, tmp_path: Path, config_f
     ids = jax.numpy.asarray([[7, 8, 9]])
     one, other = session.open_run(folder).model(ids), jpeft.models.load(merged)(ids)
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(one, exported(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_long_prompts_are_cut_alike_in_training_and_generation(
@@ -264,7 +271,7 @@ def test_faults_on_the_command_line_are_one_message() -> None:
     assert "Traceback" not in made.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["merge"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["merge"], ["export"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     script = (
         "import sys; sys.argv = ['jpeft', *sys.argv[1:]]\n"
