@@ -21,6 +21,7 @@ from jpeft.methods import (
     METHODS,
     BitFit,
     Compose,
+    DropAdapters,
     FullTuning,
     Houlsby,
     LoRA,
@@ -35,6 +36,7 @@ from jpeft.methods import (
     UniPELT,
     applied,
     compose,
+    drop_adapters,
 )
 from jpeft.multi import multi
 from jpeft.observing import observe
@@ -83,6 +85,7 @@ __all__ = [
     "BitFit",
     "Compose",
     "Description",
+    "DropAdapters",
     "DropoutKey",
     "Frozen",
     "FullTuning",
@@ -109,6 +112,7 @@ __all__ = [
     "combine",
     "compose",
     "describe",
+    "drop_adapters",
     "generate",
     "insert_prompt",
     "list_targets",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jpeft.errors import JpeftError, nearest
+from jpeft.methods.adapter_drop import DropAdapters, drop_adapters
 from jpeft.methods.bottleneck import Houlsby, ParallelAdapter, Pfeiffer
 from jpeft.methods.compose import Compose, compose
 from jpeft.methods.lora import LoRA
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "parallel_adapter": ParallelAdapter,
     "mam": MAM,
     "unipelt": UniPELT,
+    "drop_adapters": DropAdapters,
 }
 
 
@@ -46,6 +48,7 @@ __all__ = [
     "METHODS",
     "BitFit",
     "Compose",
+    "DropAdapters",
     "FullTuning",
     "Houlsby",
     "LoRA",
@@ -60,5 +63,6 @@ __all__ = [
     "UniPELT",
     "applied",
     "compose",
+    "drop_adapters",
     "from_dict",
 ]

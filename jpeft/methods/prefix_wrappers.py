@@ -40,7 +40,7 @@ class PrefixWrapper(Wrapper):
 
     @contextlib.contextmanager
     def weighted(self, weights: jax.Array) -> Iterator[None]:
-        """In this block, queries weigh the prefix exp(weights) [..., T] times as much, before weights are normalised."""
+        """Within, queries weigh the prefix exp(weights) [..., T] times as much, before weights are normalised."""
         object.__setattr__(self, "weights", weights)  # an argument in disguise: nothing that NNX should track
         try:
             yield
