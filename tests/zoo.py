@@ -264,6 +264,11 @@ METHODS: dict[str, Entry] = {
         on={"flax-attention": jpeft.ParallelAdapter(targets="attention", activation="tanh")},
         merges=False,
     ),
+    "drop_adapters": Entry(
+        jpeft.compose(jpeft.Pfeiffer(targets="down", bottleneck_size=5), jpeft.DropAdapters(layers=[0])),
+        models=("user-list",),
+        merges=False,
+    ),
     "mam": Entry(
         jpeft.MAM(num_virtual_tokens=3, hidden_size=7), models=("mistral-remat",), starts="elsewhere", merges=False
     ),
