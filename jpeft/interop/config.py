@@ -60,6 +60,10 @@ class Settings(Fields):
         if self.task_type is not None and self.task_type not in _TASKS:
             raise self.refuse("task_type", f"null or one of {sorted(_TASKS)}")
 
+    def refuse(self, name: str, expected: str) -> JpeftError:
+        """The error for a bad value at `name`."""
+        return JpeftError(f"{self.where}: {name} = {_short(self.raw.get(name))}: expected {expected}")
+
     def conform(self, schema: Schema) -> None:
         """Raises JpeftError, naming the fields, for any that change the result and are not supported.
 
@@ -111,9 +115,12 @@ class Settings(Fields):
 
 def finite(settings: Settings, name: str, value: Any) -> float:
     """`value`, of the field `name`, as a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise settings.refuse(name, "a finite number")
-    return value
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return value
+    except OverflowError:  # a whole number beyond every float
+        pass
+    raise settings.refuse(name, "a finite number")
 
 
 def whole(settings: Settings, name: str, value: Any) -> int:

@@ -60,6 +60,8 @@ class Retrained(Wrapper):
         # Also a bound method of the base, such as `attend`, has to see the copies.
         if attribute.startswith("_") or attribute in ("base", "copied", "name", "layers", "adapter_ids", "leading"):
             return super().__getattr__(attribute)
+        if attribute in vars(innermost(self.base)) and attribute not in self.copied:
+            return getattr(self.base, attribute)  # needs no values, so also of an abstract model
         if self.adapter_ids is not None and callable(getattr(type(innermost(self.base)), attribute, None)):
             return lambda *args, **kwargs: self._by_row(attribute, *args, **kwargs)
         return getattr(self._with(self._values()) if self.adapter_ids is None else self.base, attribute)

@@ -103,6 +103,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rank of another type": ({"r": "8"}, "r = '8'"),
     "truth value": ({"r": True}, "r = True"),
     "alpha": ({"lora_alpha": None}, "lora_alpha = None"),
+    "large alpha": ({"lora_alpha": 10**400}, r"lora_alpha = 10+\.\.\.: expected a finite number"),
     "dropout": ({"lora_dropout": 1.0}, "lora_dropout = 1.0"),
     "unsupported": (
         {"lora_bias": True, "layer_replication": [[0, 2]]},
@@ -240,6 +241,13 @@ def test_what_cannot_be_written(llama: Any, saved: Path, tmp_path: Path) -> None
     jpeft.save_peft(trained(llama, lora), tmp_path / "new", overwrite=True)
     assert np.any(load_file(tmp_path / "new" / WEIGHTS)[f"{Q}.lora_B.weight"])
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_prefix_beside_whole_layers(llama: Any, tmp_path: Path) -> None:
+    """The prefix asks layers for their sizes, of which there is no array yet while a file is read."""
+    both = jpeft.compose(jpeft.PTuningV2(num_virtual_tokens=2), jpeft.FullTuning(targets="k_proj"))
+    folder = jpeft.save_peft(trained(llama, both), tmp_path / "adapter")
+    assert len(jpeft.applied(jpeft.load_peft(llama, folder))) == 2
 
 
 def test_the_wrong_task_is_told(tmp_path: Path) -> None:
