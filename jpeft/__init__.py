@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from jpeft.baking import bake
 from jpeft.describe import Description, describe
 from jpeft.errors import JpeftError
+from jpeft.fusing import fuse
 from jpeft.merge import merge, strip
 from jpeft.methods import (
     MAM,
     METHODS,
+    AdapterFusion,
     BitFit,
     Compose,
     DropAdapters,
@@ -81,6 +83,7 @@ __all__ = [
     "METHODS",
     "NF4",
     "AdapterBuffer",
+    "AdapterFusion",
     "AdapterIds",
     "BitFit",
     "Compose",
@@ -113,6 +116,7 @@ __all__ = [
     "compose",
     "describe",
     "drop_adapters",
+    "fuse",
     "generate",
     "insert_prompt",
     "list_targets",

@@ -155,6 +155,32 @@ def load_adapter(path: str | Path, base_model: Any, *, check_base: bool = True) 
     return combine(graphdef, loaded["adapter"], loaded.get("buffers", {}), frozen)
 
 
+def read_adapter(path: str | Path, base_model: Any) -> tuple[tuple[Method, ...], Arrays]:
+    """The methods and the arrays (adapter and buffers) saved at `path`, by key, for a part of them to be used.
+
+    Raises JpeftError as `load_adapter` does, if it is none or was trained on another base than `base_model`.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = _folder(path, "read_adapter")
+    metadata = read_metadata(path, "read_adapter")
+    methods = _methods(path, metadata["methods"])
+    differences = _compare_quantization(metadata["quantization"], _quantization(base_model))
+    differences = differences or _compare_base(metadata["base"], base_model, values=True)
+    if differences:
+        _refuse(path, "was trained on another base", differences)
+    sharding = _sharding(partition(base_model).frozen)
+    target = {
+        part: {key: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for key, a in arrays.items()}
+        for part, arrays in _on_disk(path).items()
+    }
+    try:
+        loaded = ocp.load_checkpointables(path, target)
+    except Exception as error:  # see load_adapter
+        raise JpeftError(f"read_adapter: the arrays of {str(path)!r} cannot be read: {error}") from error
+    return methods, {**loaded["adapter"], **loaded.get("buffers", {})}
+
+
 def read_metadata(path: Path, caller: str = "load_adapter") -> dict[str, Any]:
     """The JSON beside the arrays of a saved adapter. Raises JpeftError if `path` is not one."""
     if not path.is_dir():

@@ -269,6 +269,13 @@ METHODS: dict[str, Entry] = {
         models=("user-list",),
         merges=False,
     ),
+    # Stage 1 as it is after training: with initial values of zero there is nothing to attend to.
+    "adapter_fusion": Entry(
+        jpeft.AdapterFusion(adapter=jpeft.Pfeiffer(bottleneck_size=5, init="bert", scaling=99.0), tasks=2),
+        models=("gpt2", "bert-mean-classifier"),
+        starts="elsewhere",
+        merges=False,
+    ),
     "mam": Entry(
         jpeft.MAM(num_virtual_tokens=3, hidden_size=7), models=("mistral-remat",), starts="elsewhere", merges=False
     ),

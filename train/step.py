@@ -89,7 +89,8 @@ def make_step(graphdef: Any, form: str, transform: optax.GradientTransformation)
     """The jitted step: `(adapter, state, buffers, frozen, batch, key, number) -> (adapter, state, metrics)`.
 
     batch: arrays [A, B, ...], A micro-batches of B rows. key: of the run; dropout uses key, step and micro-batch. The
-    adapter and the optimizer state are donated. metrics: loss (the mean over what is learnt), gradient norm.
+    adapter and the optimizer state are donated. metrics: loss (the mean over what is learnt, without
+    the methods' penalties), gradient norm.
     """
     losses = losses_for(form)
 
@@ -100,16 +101,22 @@ def make_step(graphdef: Any, form: str, transform: optax.GradientTransformation)
         count = jnp.maximum(jnp.sum(learnt != IGNORED), 1).astype(jnp.float32)
         own = jax.random.fold_in(key, number)
 
-        def share(adapter: Arrays, index: jax.Array, micro: Arrays) -> jax.Array:
+        parts = batch["input_ids"].shape[0]
+
+        def share(adapter: Arrays, index: jax.Array, micro: Arrays) -> tuple[jax.Array, jax.Array]:
             model = jpeft.combine(graphdef, adapter, buffers, frozen, dropout=jax.random.fold_in(own, index))
-            return jnp.sum(losses(model, micro)[0]) / count
+            loss = jnp.sum(losses(model, micro)[0]) / count
+            return loss + jpeft.penalty(model) / parts, loss
+
+        def grad(index: jax.Array, micro: Arrays) -> tuple[jax.Array, Arrays]:
+            (_, loss), grads = jax.value_and_grad(share, has_aux=True)(adapter, index, micro)
+            return loss, grads
 
         def body(total: Any, xs: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(share)(adapter, *xs)), None
+            return jax.tree.map(jnp.add, total, grad(*xs)), None
 
-        parts = batch["input_ids"].shape[0]
         if parts == 1:
-            loss, grads = jax.value_and_grad(share)(adapter, jnp.int32(0), {k: v[0] for k, v in batch.items()})
+            loss, grads = grad(jnp.int32(0), {k: v[0] for k, v in batch.items()})
         else:
             start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter))
             (loss, grads), _ = jax.lax.scan(body, start, (jnp.arange(parts), batch))

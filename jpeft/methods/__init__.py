@@ -8,6 +8,7 @@ from jpeft.errors import JpeftError, nearest
 from jpeft.methods.adapter_drop import DropAdapters, drop_adapters
 from jpeft.methods.bottleneck import Houlsby, ParallelAdapter, Pfeiffer
 from jpeft.methods.compose import Compose, compose
+from jpeft.methods.fusion import AdapterFusion
 from jpeft.methods.lora import LoRA
 from jpeft.methods.mam import MAM
 from jpeft.methods.method import Method, applied
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "mam": MAM,
     "unipelt": UniPELT,
     "drop_adapters": DropAdapters,
+    "adapter_fusion": AdapterFusion,
 }
 
 
@@ -46,6 +48,7 @@ def from_dict(config: dict[str, Any]) -> Method:
 __all__ = [
     "MAM",
     "METHODS",
+    "AdapterFusion",
     "BitFit",
     "Compose",
     "DropAdapters",

@@ -16,6 +16,7 @@ from flax import nnx
 from jpeft import paths, surgery
 from jpeft.errors import JpeftError
 from jpeft.methods import fields
+from jpeft.methods.fusion_wrappers import FusedAdapters, count_of
 from jpeft.methods.method import Method
 from jpeft.paths import Node
 from jpeft.wrapper import Wrapper
@@ -26,16 +27,21 @@ class DropAdapters(Method):
     """Takes the adapters of `layers` away; see `drop_adapters`.
 
     layers: numbers of layers, in encoder-decoders those of the encoder and of the decoder.
+    fused: numbers of adapters that `AdapterFusion` attends to, taken away in all layers.
     """
 
     kind: ClassVar[str] = "drop_adapters"
 
-    layers: Any
+    layers: Any = ()
+    fused: Any = ()
 
     def __post_init__(self) -> None:
-        fields.settle(self, layers=fields.layer_numbers(self.layers))
-        if self.layers is None:
-            raise JpeftError("DropAdapters: layers=None; give the numbers of the layers, such as range(5)")
+        for name in ("layers", "fused"):
+            given = getattr(self, name)
+            given = [] if given is None else [given] if isinstance(given, int) else list(given)
+            fields.settle(self, **{name: fields.layer_numbers(given) if given else ()})
+        if not (self.layers or self.fused):
+            raise JpeftError("DropAdapters: nothing to drop; give the numbers of layers, such as range(5), or fused=")
 
     def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
         copy = nnx.clone(model)
@@ -52,6 +58,7 @@ class DropAdapters(Method):
         if missing := [layer for layer in self.layers if layer not in numbers]:
             has = f"has them in layers {numbers}" if numbers else "has none in any layer"
             raise JpeftError(f"drop_adapters: layers={missing} have no adapter to drop; the model {has}")
+        self._check_fused(copy)
         dropped = set(self.layers)
 
         def without(module: Any) -> Any:
@@ -62,12 +69,20 @@ class DropAdapters(Method):
             kept = [row for row, member in enumerate(covered) if node.layer(member) not in dropped]
             if not kept:
                 return module.base
+            if self.fused and isinstance(module, FusedAdapters):
+                module.keep(jnp.array([n for n in range(count_of(module)) if n not in self.fused]))
             if len(kept) < len(covered):
                 _keep_rows(module, jnp.array(kept), outermost=True)
                 module.layers = tuple(covered[row] for row in kept)
             return module
 
         return surgery.rewrite(copy, without, copy=False)
+
+    def _check_fused(self, model: nnx.Module) -> None:
+        counts = [count_of(module) for _, module in surgery.modules(model) if isinstance(module, FusedAdapters)]
+        if self.fused and (not counts or self.fused[-1] >= min(counts) or len(self.fused) >= min(counts)):
+            has = f"has {min(counts)}, of which one must stay" if counts else "has none"
+            raise JpeftError(f"drop_adapters: fused={list(self.fused)}, but the model {has}")
 
 
 def _covered(module: Wrapper, node: Node) -> tuple[Any, ...]:
@@ -87,10 +102,12 @@ def _keep_rows(module: Any, rows: jax.Array, *, outermost: bool = False) -> None
             _keep_rows(value, rows)
 
 
-def drop_adapters(model: nnx.Module, layers: Any) -> Any:
+def drop_adapters(model: nnx.Module, layers: Any = (), *, fused: Any = ()) -> Any:
     """A copy of `model` without the bottleneck adapters of `layers` (numbers, such as `range(5)`), which is faster.
 
+    fused: numbers of adapters that `AdapterFusion` no longer attends to, in any layer.
+
     Norms that were trained stay, and so does everything that is no adapter. The copy can be trained, saved and loaded.
-    Raises JpeftError if one of the layers has no adapter.
+    Raises JpeftError if one of the layers has no adapter, or the fusion none of these numbers.
     """
-    return DropAdapters(layers=layers)(model, rngs=0)
+    return DropAdapters(layers=layers, fused=fused)(model, rngs=0)

@@ -93,3 +93,33 @@ def test_parallel_adapters_lead_from_the_input_of_the_feed_forward_to_its_output
         layer.get_submodule(end).register_forward_hook(behind)
     given = batch(family)
     assert difference(ours(**given), theirs(model, given), given) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_fusion_attends_over_the_adapters_by_the_output_of_the_feed_forward(family: str, tmp_path: Any) -> None:
+    """Pfeiffer et al. 2021, equations of section 3.2."""
+    model = tiny(family, tmp_path)
+    stage_one = jpeft.Pfeiffer(bottleneck_size=4)(loaded(family, tmp_path), rngs=0)
+    parts = jpeft.partition(stage_one)
+    tasks = [(zoo.trained(parts, seed, size=0.5), parts.buffers) for seed in range(3)]
+    fused = jpeft.partition(jpeft.fuse(stage_one, tasks, rngs=0))
+    attention = {key: np.asarray(value) for key, value in zoo.trained(fused, size=0.3).items()}
+    attention |= {key: np.asarray(v) for key, v in jpeft.partition(loaded(family, tmp_path)).adapter.items()}
+    ours = jpeft.combine(fused.graphdef, attention, fused.buffers, fused.frozen)
+    layers, theirs_at, _, end, _ = PLACES[family]
+    at = f"{layers}/{end.replace('.', '/')}"
+    each = [{key: np.asarray(value) for key, value in {**adapter, **buffers}.items()} for adapter, buffers in tasks]
+    for number, layer in enumerate(theirs_at(model)):
+
+        def behind(module: Any, given: Any, y: Any, number: int = number) -> Any:
+            z = torch.stack([change(arrays, f"{at}/pfeiffer", number, "relu", y) for arrays in each], dim=-2)
+            q, q_bias, k, v = (
+                torch.tensor(attention[f"{at}/fusion/{name}"][number])
+                for name in ("query", "query_bias", "key", "value")
+            )
+            weights = torch.softmax(((z @ k) @ (y @ q + q_bias)[..., None])[..., 0], dim=-1)  # [B, T, N]
+            return y + (weights[..., None] * (z @ v)).sum(-2)
+
+        layer.get_submodule(end).register_forward_hook(behind)
+    given = batch(family)
+    assert difference(ours(**given), theirs(model, given), given) < 1e-5
