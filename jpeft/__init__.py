@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from jpeft import models
     from jpeft.checkpoint import load_adapter, save_adapter
     from jpeft.generation import generate
-    from jpeft.interop import load_peft, save_peft
+    from jpeft.interop import load_adapterhub, load_peft, save_peft
 
 # Looked up on first use: they bring Orbax, safetensors and the model families, which research code may not need.
 _LATER = {
@@ -62,6 +62,7 @@ _LATER = {
     "save_adapter": ("jpeft.checkpoint", "save_adapter"),
     "load_adapter": ("jpeft.checkpoint", "load_adapter"),
     "generate": ("jpeft.generation", "generate"),
+    "load_adapterhub": ("jpeft.interop", "load_adapterhub"),
     "load_peft": ("jpeft.interop", "load_peft"),
     "save_peft": ("jpeft.interop", "save_peft"),
 }
@@ -121,6 +122,7 @@ __all__ = [
     "insert_prompt",
     "list_targets",
     "load_adapter",
+    "load_adapterhub",
     "load_peft",
     "merge",
     "models",

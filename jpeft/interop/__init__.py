@@ -14,14 +14,17 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`. How they b
     converter.py    what a method has to say: its fields, the method they mean, its links
     lora.py, ...    one converter per method
     saved.py        modules and biases that are trained as a whole beside the method
+    training.py     what serves training only, in a file of its own
     load.py, save.py   the two directions, which know no method
+    adapterhub.py   the other library's files of bottleneck adapters, read only
 
 A new method is one file with a `Converter` and one line in `converters.py`.
 """
 
 from __future__ import annotations
 
+from jpeft.interop.adapterhub import load_adapterhub
 from jpeft.interop.load import load_peft
 from jpeft.interop.save import save_peft
 
-__all__ = ["load_peft", "save_peft"]
+__all__ = ["load_adapterhub", "load_peft", "save_peft"]

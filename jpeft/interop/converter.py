@@ -22,8 +22,8 @@ class Converter:
 
     read: the method that a configuration means on a model. tensors tells what the file holds, where the configuration
     leaves that open. links: for a model with the method on it (abstract while reading), where each of its arrays
-    stands. write: the fields of adapter_config.json that differ from PEFT's defaults. All raise JpeftError for what the
-    other side cannot express.
+    stands; the settings are those of a file that is read. write: the fields of adapter_config.json that differ from
+    PEFT's defaults. All raise JpeftError for what the other side cannot express.
     prefix: what the names of its tensors start with behind the module's; "" for prompts, which are on no module.
     training: whether arrays of the method serve training only; they then go into a file of their own.
     """
@@ -32,7 +32,7 @@ class Converter:
     methods: tuple[type[Method], ...]
     schema: Schema
     read: Callable[[Settings, Model, Tensors], Method]
-    links: Callable[[Model, Any], Sequence[Link]]
+    links: Callable[[Model, Any, Settings | None], Sequence[Link]]
     write: Callable[[Model, Any], dict[str, Any]]
     prefix: str = ""
     training: Callable[[Any], bool] = lambda method: False

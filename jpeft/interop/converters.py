@@ -11,7 +11,13 @@ from jpeft.interop.prefix import PREFIX_TUNING
 from jpeft.interop.prompts import P_TUNING, PROMPT_TUNING
 from jpeft.methods import Method
 
-CONVERTERS: tuple[Converter, ...] = (LORA, PROMPT_TUNING, P_TUNING, PREFIX_TUNING, LN_TUNING)
+CONVERTERS: tuple[Converter, ...] = (
+    LORA,
+    LN_TUNING,
+    PROMPT_TUNING,
+    P_TUNING,
+    PREFIX_TUNING,
+)
 
 
 def for_settings(settings: Settings) -> Converter:

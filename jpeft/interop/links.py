@@ -24,13 +24,19 @@ def whole(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def turned(array: np.ndarray) -> np.ndarray:
+    """The view with the axes the other way round."""
+    return array.T
+
+
 @dataclasses.dataclass(frozen=True)
 class Link:
     """One array of ours, or one row of it, and its place in a file.
 
     key: canonical. row: along the layer axis; None for an array without one. name, shape: of the tensor in the file.
-    ours, theirs: views of the row and of the tensor, of one shape; what `ours` leaves out is zero. copy: a second place
-    for values that another link has, which have to agree.
+    ours, theirs: views of the row and of the tensor, of one shape; what `ours` leaves out is zero when it is read.
+    slots: of the first axis of `ours`, those that the file has; None for all. factor: 1 or -1, between theirs and ours.
+    copy: a second place for values that another link has, which have to agree.
     """
 
     key: str
@@ -39,7 +45,22 @@ class Link:
     shape: tuple[int, ...]
     ours: View = whole
     theirs: View = whole
+    slots: tuple[int, ...] | None = None
+    factor: int = 1
     copy: bool = False
+
+    def get(self, array: np.ndarray) -> np.ndarray:
+        """The values for the file in our array."""
+        view = self._view(array)
+        return self.factor * (view if self.slots is None else view[list(self.slots)])
+
+    def put(self, array: np.ndarray, tensor: np.ndarray) -> None:
+        """Puts the values in the file's tensor into our array."""
+        view = self._view(array)
+        view[... if self.slots is None else list(self.slots)] = self.factor * self.theirs(tensor)
+
+    def _view(self, array: np.ndarray) -> np.ndarray:
+        return self.ours(array if self.row is None else array[self.row])
 
 
 def filled(
@@ -48,13 +69,11 @@ def filled(
     """Our arrays (of the shapes and dtypes of `shapes`) with the values of the tensors that `read` gives."""
     made: dict[str, np.ndarray] = {}
     for link in links:
-        like = shapes[link.key]
+        like, tensor = shapes[link.key], read(link.name)
         array = made.setdefault(link.key, np.zeros(like.shape, like.dtype))
-        row = array if link.row is None else array[link.row]
-        value = link.theirs(read(link.name))
-        if link.copy and not np.array_equal(link.ours(row), value.astype(array.dtype)):
+        if link.copy and not np.array_equal(link.get(array), link.theirs(tensor).astype(array.dtype)):
             raise JpeftError(f"{link.name} and its tied copy differ; here one array stands for both")
-        link.ours(row)[...] = value
+        link.put(array, tensor)
     return made
 
 
@@ -64,9 +83,8 @@ def gathered(links: Sequence[Link], arrays: Mapping[str, Any]) -> dict[str, np.n
     made: dict[str, np.ndarray] = {}
     for link in links:
         array = held[link.key]
-        row = array if link.row is None else array[link.row]
         tensor = made.setdefault(link.name, np.zeros(link.shape, array.dtype))
-        link.theirs(tensor)[...] = link.ours(row)
+        link.theirs(tensor)[...] = link.get(array)
     return made
 
 

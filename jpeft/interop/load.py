@@ -47,11 +47,11 @@ def load_peft(model: _M, path: str | Path) -> _M:
     method = converter.read(settings, model, file.tensors)
     beside = saved.read(settings, model, converter.before, file.tensors.keys(), read)
     methods = (encoded[0] if encoded else method, *beside.methods)
-    adapted = _abstract(methods, model, str(where))
+    adapted = abstract(methods, model, str(where))
 
     # What the files have to hold is told by the model without encoders.
-    plain = _abstract((method, *beside.methods), model, str(where)) if encoded else adapted
-    own = list(converter.links(plain, method))
+    plain = abstract((method, *beside.methods), model, str(where)) if encoded else adapted
+    own = list(converter.links(plain, method, settings))
     others = saved.links(adapted, converter.before, converter.targeted(own))
     check([*own, *others], file.tensors, beside.accounted, file.where, hint=_hint(settings, model))
     graphdef, adapter, buffers, _ = partition(adapted)
@@ -60,21 +60,22 @@ def load_peft(model: _M, path: str | Path) -> _M:
         values = training.values(encoded[1], shapes, partition(model), {link.key for link in others})
     else:
         values = filled(own, shapes, read)
-    made = _combined(methods, model, graphdef, adapter, buffers, {**values, **filled(others, shapes, read)})
+    made = combined(methods, model, graphdef, adapter, buffers, {**values, **filled(others, shapes, read)})
     if encoded:
         baked = encoded[0].baked()
-        training.check(made, lambda model: list(converter.links(model, baked)), read, where)
+        training.check(made, lambda model: list(converter.links(model, baked, settings)), read, where)
     return made
 
 
-def _abstract(methods: tuple[Method, ...], model: Any, where: str) -> Any:
+def abstract(methods: tuple[Method, ...], model: Any, where: str) -> Any:
+    """`model` with `methods`, without arrays. where: the file that asks for them, for errors."""
     try:
         return nnx.eval_shape(lambda: compose(*methods)(model, rngs=0))
     except JpeftError as error:
         raise JpeftError(f"load_peft: {where!r} does not fit this model: {error}") from error
 
 
-def _combined(
+def combined(
     methods: tuple[Method, ...],
     model: Any,
     graphdef: Any,

@@ -1,4 +1,9 @@
-"""LoRA: `lora_A.weight` [r, in] and `lora_B.weight` [out, r], of embeddings `lora_embedding_A` and `_B`."""
+"""LoRA and its variants: `lora_A.weight` [r, in], `lora_B.weight` [out, r]; of embeddings `lora_embedding_A`, `_B`.
+
+DoRA adds `lora_magnitude_vector` [out]. An update that starts from the weight (PiSSA, OLoRA) is here less what it
+started as, which no PEFT file says; it is written as the plain update of twice the rank that it is:
+[A; A0] and [B, -B0].
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from jpeft.errors import JpeftError
 from jpeft.interop import config
 from jpeft.interop.config import Schema, Settings
 from jpeft.interop.converter import Converter, Tensors
-from jpeft.interop.links import Link
+from jpeft.interop.links import Link, View, turned, whole
 from jpeft.interop.names import PREFIX, Place, is_transposed, model_and_family, places, tied_embedding, tied_head
 from jpeft.interop.selection import Pattern, selected, shortest, target_names, targets_for
 from jpeft.kinds import own_shape
@@ -26,7 +31,7 @@ from jpeft.wrapper import at
 
 _KINDS = (nnx.Linear, nnx.Embed)
 
-_SCHEMA = Schema(
+SCHEMA = Schema(
     used={
         "alpha_pattern": {},
         "bias": "none",
@@ -161,39 +166,41 @@ def adapted_places(model: Model, method: Any, name: str) -> Iterator[_Adapted]:
             yield _Adapted(by_node[node.name, member], row, rank, alpha)
 
 
-def _links(model: Model, method: LoRA) -> list[Link]:
+def _links(model: Model, method: LoRA, settings: Settings | None) -> list[Link]:
     found = model_and_family(model, "peft")[1]
     tied, made = tied_embedding(model, found), []
     for entry in adapted_places(model, method, method.name):
-        place, rank = entry.place, entry.rank
-        key = f"{place.node.name}/{method.name}/"
+        place, row, rank = entry.place, entry.row, entry.rank
+        key, slots = f"{place.node.name}/{method.name}/", tuple(range(entry.rank))
         inputs, outputs = own_shape(place.node.module)
         embedding = place.kind is nnx.Embed
         names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
         first, second = (f"{place.key}.{name}" for name in names)
-        made.append(Link(key + "a", entry.row, first, (rank, inputs), ours=_columns(rank)))
-        made.append(Link(key + "b", entry.row, second, (outputs, rank), ours=_rows(rank)))
-        if place.name == tied:  # PEFT stores the head's side too, as a linear layer's
-            head = PREFIX + tied_head(found)
-            made.append(Link(key + "b", entry.row, f"{head}.lora_A.weight", (rank, outputs), _first(rank), copy=True))
-            made.append(Link(key + "a", entry.row, f"{head}.lora_B.weight", (inputs, rank), _last(rank), copy=True))
+        total = rank * (2 if _has_start(place, method) else 1)
+        for part, start in enumerate(("", "0")[: total // rank]):
+            ranks = slice(part * rank, (part + 1) * rank)
+            made.append(Link(f"{key}a{start}", row, first, (total, inputs), turned, _ranks(ranks), slots))
+            own, sign = f"{key}b{start}", -1 if start else 1
+            made.append(Link(own, row, second, (outputs, total), whole, _turned_ranks(ranks), slots, sign))
+            if place.name == tied:  # PEFT stores the head's side too, as a linear layer's
+                at_head = [f"{PREFIX}{tied_head(found)}.lora_{side}.weight" for side in "AB"]
+                made.append(Link(own, row, at_head[0], (total, outputs), whole, _ranks(ranks), slots, sign, copy=True))
+                view = _turned_ranks(ranks)
+                made.append(Link(f"{key}a{start}", row, at_head[1], (inputs, total), turned, view, slots, copy=True))
     return made
 
 
-def _columns(rank: int) -> Any:
-    return lambda a: a[:, :rank].T
+def _has_start(place: Place, method: LoRA) -> bool:
+    """Whether the update is less what it started as: then it is written as one of twice the rank."""
+    return getattr(at(place.node.module, method.name), "a0", None) is not None
 
 
-def _rows(rank: int) -> Any:
-    return lambda b: b[:rank].T
+def _ranks(ranks: slice) -> View:
+    return lambda tensor: tensor[ranks]
 
 
-def _first(rank: int) -> Any:
-    return lambda b: b[:rank]
-
-
-def _last(rank: int) -> Any:
-    return lambda a: a[:, :rank]
+def _turned_ranks(ranks: slice) -> View:
+    return lambda tensor: tensor[:, ranks].T
 
 
 def _write(model: Model, method: LoRA) -> dict[str, Any]:
@@ -206,16 +213,20 @@ def _write(model: Model, method: LoRA) -> dict[str, Any]:
     tied = tied_embedding(model, found)
     if tied is not None and tied in names:
         check_tie(model, tied, "save_peft")
-    alpha = _number(method.rank if method.alpha is None else method.alpha)
+    twice = any(_has_start(entry.place, method) for entry in entries)
+    alpha = float(method.rank if method.alpha is None else method.alpha)
+    wider = (math.sqrt(2) if method.use_rslora else 2) if twice else 1  # the scale stays as it is
+    alphas = {entry.place.name: number(_alpha(method, entry) * wider) for entry in entries}
+    rank = method.rank * (2 if twice else 1)
     return {
-        "alpha_pattern": _pattern({entry.place.name: _alpha(method, entry) for entry in entries}, alpha),
+        "alpha_pattern": _pattern(alphas, number(alpha * wider)),
         "ensure_weight_tying": tied in names,
         "fan_in_fan_out": any(is_transposed(found, entry.place) for entry in entries),
         "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
-        "lora_alpha": alpha,
+        "lora_alpha": number(alpha * wider),
         "lora_dropout": method.dropout,
-        "r": method.rank,
-        "rank_pattern": _pattern({entry.place.name: entry.rank for entry in entries}, method.rank),
+        "r": rank,
+        "rank_pattern": _pattern({entry.place.name: entry.rank * rank // method.rank for entry in entries}, rank),
         "target_modules": target_names(model, names),
         "use_rslora": method.use_rslora,
     }
@@ -231,24 +242,23 @@ def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
     return table
 
 
-def _alpha(method: LoRA, entry: _Adapted) -> int | float:
+def _alpha(method: LoRA, entry: _Adapted) -> float:
     """The alpha of one module, as its scale has it."""
     root = math.sqrt(entry.rank) if method.use_rslora else entry.rank
     scale = at(entry.place.node.module, method.name).scale.get_value()
     scale = np.asarray(scale if entry.row is None else scale[entry.row])[: entry.rank]
     if np.all(scale == np.float32(entry.alpha / root)):
-        return _number(entry.alpha)
+        return entry.alpha
     if np.any(scale != scale[0]):
         raise JpeftError(
             f"save_peft: the scales of {entry.place.ours!r} differ by rank, which a PEFT file has no place for"
         )
-    return _number(float(scale[0]) * root)
+    return float(scale[0]) * root
 
 
-def _number(value: float) -> int | float:
+def number(value: float) -> int | float:
+    """A whole number as such, for people to read."""
     return int(value) if float(value).is_integer() else value
 
 
-LORA = Converter(
-    peft_type="LORA", methods=(LoRA,), schema=_SCHEMA, read=_read, links=_links, write=_write, prefix="lora_"
-)
+LORA = Converter("LORA", (LoRA,), SCHEMA, _read, _links, _write, prefix="lora_")

@@ -29,7 +29,7 @@ def _read(settings: Settings, model: Model, tensors: Tensors) -> NormTuning:
     return NormTuning(targets=targets_for(chosen, everything))
 
 
-def _links(model: Model, method: NormTuning) -> list[Link]:
+def _links(model: Model, method: NormTuning, settings: Settings | None) -> list[Link]:
     found = family(model.config.model_type)
     by_node = {(place.node.name, place.member): place for place in places(model)}
     made = []

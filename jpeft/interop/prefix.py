@@ -44,7 +44,7 @@ def _nodes(model: Model) -> list[Node]:
     return [node for node in every.values() if hasattr(innermost(node.module), "attention_fn")]
 
 
-def _links(model: Model, method: PrefixTuning) -> list[Link]:
+def _links(model: Model, method: PrefixTuning, settings: Settings | None) -> list[Link]:
     layers = [(node, member) for node in _nodes(model) for member in node.members]
     heads, width = kv_shape(layers[0][0])
     count, total = method.num_virtual_tokens, len(layers)

@@ -51,7 +51,7 @@ def _read(settings: Settings, model: Model, tensors: Tensors) -> PromptTuning:
     return PromptTuning(num_virtual_tokens=settings.integer("num_virtual_tokens"))
 
 
-def _links(model: Model, method: PromptTuning) -> list[Link]:
+def _links(model: Model, method: PromptTuning, settings: Settings | None) -> list[Link]:
     node = next(place.node for place in places(model) if isinstance(place.node.module, PromptWrapper))
     count, width = method.num_virtual_tokens, node.module.features
     rows = count * submodules(model)

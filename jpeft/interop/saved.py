@@ -16,7 +16,7 @@ from flax import nnx
 from jpeft import paths
 from jpeft.errors import JpeftError
 from jpeft.interop.config import Settings
-from jpeft.interop.links import Link, whole
+from jpeft.interop.links import Link, turned, whole
 from jpeft.interop.lora import check_tie, check_tied
 from jpeft.interop.names import Place, in_task, model_and_family, places, tensor_name, tied_embedding, tied_head
 from jpeft.interop.selection import CLASSIFIERS, modules_to_save, shortest, targets_for
@@ -203,16 +203,12 @@ def links(model: Model, before: str, targeted: Collection[str]) -> list[Link]:
         owner, _, last = name.rpartition(".")
         if entry.group == BitFit.group and owner in targeted:
             name = f"{owner}.base_layer.{last}"
-        turned = entry.kind == "kernel" and entry.node.parts[-1] not in found.untransposed
-        shape = entry.shape[::-1] if turned else entry.shape
-        made.append(Link(entry.key, entry.row, name, shape, ours=_turned if turned else whole))
+        stored_turned = entry.kind == "kernel" and entry.node.parts[-1] not in found.untransposed
+        shape = entry.shape[::-1] if stored_turned else entry.shape
+        made.append(Link(entry.key, entry.row, name, shape, ours=turned if stored_turned else whole))
         if owner == f"{before}{tied_embedding(model, found)}":
             made.append(Link(entry.key, entry.row, f"{before}{tied_head(found)}.weight", shape, copy=True))
     return made
-
-
-def _turned(array: np.ndarray) -> np.ndarray:
-    return array.T
 
 
 def write(model: Model, before: str, targeted: Collection[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

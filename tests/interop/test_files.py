@@ -88,7 +88,9 @@ def test_targets_stay_readable(llama: Any, tmp_path: Path) -> None:
         llama, jpeft.LoRA(rank=2, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 3, "layers.1": 0})
     )
     raw = json.loads((jpeft.save_peft(adapted, tmp_path / "some") / CONFIG).read_text())
-    assert raw["rank_pattern"] == {"up_proj": 3}
+    assert raw["rank_pattern"] == {"model.layers.0.self_attn.q_proj": 4, "up_proj": 3}
+    again = jpeft.load_peft(llama, tmp_path / "some")
+    assert zoo.relative(again(zoo.ids()), adapted(zoo.ids())) < 1e-6
     every = trained(llama, jpeft.LoRA(rank=2, targets=["q_proj", "up_proj"]))
     folder = jpeft.save_peft(every, tmp_path / "every")
     assert json.loads((folder / CONFIG).read_text())["target_modules"] == ["q_proj", "up_proj"]

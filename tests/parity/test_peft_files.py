@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT calls transformers so
     pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # PEFT says so of every norm
+    pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape:UserWarning"),  # pruned to nothing
     pytest.mark.filterwarnings("ignore:.*save_embedding_layers.*:UserWarning"),
 ]
 
@@ -136,12 +137,14 @@ def shapes(folder: Path) -> dict[str, list[int]]:
 IDLE = ("base_layer.weight", ".original_module.", ".modules_to_save.")  # what PEFT's files have of the base, or twice
 
 
-def both_ways(name: str, config: Any, bases: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+def both_ways(name: str, config: Any, bases: Any, folder: Path, *, prune: Any = None) -> tuple[Any, dict[str, Any]]:
     """Checks PEFT's file here, and ours there; returns the model loaded here and the configuration written."""
     import peft
 
     base = their_base(name, bases(name))
     model = perturbed(peft.get_peft_model(base, config))
+    if prune:
+        prune(model)
     model.save_pretrained(folder / "theirs")
     given = batch(name)
     ours = jpeft.load_peft(our_base(name, bases(name)), folder / "theirs")
@@ -152,7 +155,9 @@ def both_ways(name: str, config: Any, bases: Any, folder: Path) -> tuple[Any, di
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         read = peft.PeftModel.from_pretrained(their_base(name, bases(name)), folder / "ours")
-    assert not [str(w.message) for w in said if "key" in str(w.message) or "ignored" in str(w.message)]
+    # PEFT says of every pruned AdaLoRA, its own too, that the masks are no ranks.
+    odd = [str(w.message) for w in said if "rank_pattern keys did not match" not in str(w.message)]
+    assert not [message for message in odd if "key" in message or "ignored" in message]
     expected = theirs(read, given)
     assert difference(ours(**given), expected) < 1e-5
     assert difference(ours(**given), theirs(model, given)) > 1e-3
