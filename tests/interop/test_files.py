@@ -85,7 +85,12 @@ def test_what_is_written(llama: Any, saved: Path) -> None:
 
 def test_targets_stay_readable(llama: Any, tmp_path: Path) -> None:
     adapted = trained(
-        llama, jpeft.LoRA(rank=2, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 3, "layers.1": 0})
+        llama,
+        jpeft.LoRA(
+            rank=2,
+            targets=["q_proj", "up_proj"],
+            rank_pattern={"layers.0.self_attn.q_proj": 4, "up_proj": 3, "layers.1": 0},
+        ),
     )
     raw = json.loads((jpeft.save_peft(adapted, tmp_path / "some") / CONFIG).read_text())
     assert raw["rank_pattern"] == {"model.layers.0.self_attn.q_proj": 4, "up_proj": 3}
