@@ -146,7 +146,7 @@ def load_adapter(path: str | Path, base_model: Any, *, check_base: bool = True) 
     differences = _compare_arrays(_on_disk(path), wanted)
     if differences:
         _refuse(path, "does not fit this model", differences)
-    sharding = _sharding(frozen)
+    sharding = sharding_of(frozen)
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), wanted)
     try:
         loaded = ocp.load_checkpointables(path, target)
@@ -169,7 +169,7 @@ def read_adapter(path: str | Path, base_model: Any) -> tuple[tuple[Method, ...],
     differences = differences or _compare_base(metadata["base"], base_model, values=True)
     if differences:
         _refuse(path, "was trained on another base", differences)
-    sharding = _sharding(partition(base_model).frozen)
+    sharding = sharding_of(partition(base_model).frozen)
     target = {
         part: {key: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for key, a in arrays.items()}
         for part, arrays in _on_disk(path).items()
@@ -266,8 +266,8 @@ def _refuse(path: Path, why: str, differences: list[str]) -> None:
     raise JpeftError(f"load_adapter: the adapter in {str(path)!r} {why}:\n  - {lines}")
 
 
-def _sharding(frozen: Arrays) -> Any:
-    """Where restored arrays go: replicated over the base's mesh, or on the base's device."""
+def sharding_of(frozen: Arrays) -> Any:
+    """Where an adapter's arrays go: replicated over the base's mesh, or on the base's device."""
     shardings = [array.sharding for array in frozen.values() if isinstance(array, jax.Array)]
     for sharding in shardings:
         if isinstance(sharding, NamedSharding):

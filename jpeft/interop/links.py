@@ -105,7 +105,8 @@ def check(
         elif not _is_floating(info):
             wrong.append(f"{name} is {info.dtype.name}, expected a floating type of 16 bits or more")
     said = [_listed("missing", missing), _listed("of the wrong shape or type", wrong)]
-    said.append(_listed("unexpected", [f"{name}{_near(name, missing)}" for name in unexpected]))
+    shown = [f"{name}{_near(name, missing)}" for name in unexpected[:_REPORTED]]
+    said.append(_listed("unexpected", [*shown, *unexpected[_REPORTED:]]))
     if any(said):
         raise JpeftError(
             f"{where}: the tensors do not fit the configuration and the model"

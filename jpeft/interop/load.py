@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jpeft.checkpoint import sharding_of
 from jpeft.errors import JpeftError
 from jpeft.interop import converters, folder, saved, training
 from jpeft.interop.config import TASK_TYPES, Settings
@@ -89,10 +90,12 @@ def combined(
     def computed(*arrays: Arrays) -> Arrays:
         return partition(compose(*methods)(combine(base.graphdef, *arrays), rngs=0)).buffers
 
-    own = {**base.adapter, **base.buffers, **values}
-    if not buffers.keys() <= own.keys():  # compiled, so that initial values that nobody needs are not drawn
-        own = {**jax.jit(computed)(*base[1:]), **own}
-    put = {key: jax.numpy.asarray(own[key]) for key in (*adapter, *buffers)}
+    held = {**base.adapter, **base.buffers}  # a new head, another adapter: they stay where they are
+    made: dict[str, Any] = dict(values)
+    if not buffers.keys() <= held.keys() | made.keys():
+        # Compiled, so that initial values that nobody needs are not drawn.
+        made = {**{k: v for k, v in jax.jit(computed)(*base[1:]).items() if k not in held}, **made}
+    put = {**held, **jax.device_put(made, sharding_of(base.frozen))}
     return combine(graphdef, {k: put[k] for k in adapter}, {k: put[k] for k in buffers}, base.frozen)
 
 

@@ -7,9 +7,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import jpeft
@@ -248,6 +250,21 @@ def test_what_cannot_be_written(llama: Any, saved: Path, tmp_path: Path) -> None
     jpeft.save_peft(trained(llama, lora), tmp_path / "new", overwrite=True)
     assert np.any(load_file(tmp_path / "new" / WEIGHTS)[f"{Q}.lora_B.weight"])
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_quantised_and_sharded_bases(llama: Any, saved: Path, tmp_path: Path) -> None:
+    small = base("llama-nf4")
+    adapted = trained(small, jpeft.LoRA(rank=2))
+    again = jpeft.load_peft(small, jpeft.save_peft(adapted, tmp_path / "adapter"))
+    assert jnp.array_equal(again(zoo.ids()), adapted(zoo.ids()))
+
+    everywhere = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec())
+    parts = jpeft.partition(llama)
+    spread = jpeft.combine(parts.graphdef, {}, {}, jax.device_put(parts.frozen, everywhere))
+    loaded = jpeft.load_peft(spread, saved)
+    found = jpeft.partition(loaded)
+    assert all(value.sharding == everywhere for value in (*found.adapter.values(), *found.buffers.values()))
+    assert np.allclose(loaded(zoo.ids()), jpeft.load_peft(llama, saved)(zoo.ids()), rtol=1e-5, atol=1e-6)
 
 
 def test_a_prefix_beside_whole_layers(llama: Any, tmp_path: Path) -> None:
