@@ -260,7 +260,7 @@ METHODS: dict[str, Entry] = {
     "pfeiffer": Entry(jpeft.Pfeiffer(reduction_factor=2, drop=2, dropout=0.1), models=("t5",), merges=False),
     "parallel_adapter": Entry(
         jpeft.ParallelAdapter(scaling="learned"),
-        models=("flax-attention", "gpt2"),
+        models=("flax-attention",),
         on={"flax-attention": jpeft.ParallelAdapter(targets="attention", activation="tanh")},
         merges=False,
     ),
@@ -272,7 +272,7 @@ METHODS: dict[str, Entry] = {
     # Stage 1 as it is after training: with initial values of zero there is nothing to attend to.
     "adapter_fusion": Entry(
         jpeft.AdapterFusion(adapter=jpeft.Pfeiffer(bottleneck_size=5, init="bert", scaling=99.0), tasks=2),
-        models=("gpt2", "bert-mean-classifier"),
+        models=("bert-mean-classifier",),
         starts="elsewhere",
         merges=False,
     ),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jpeft
 from jpeft.methods.bottleneck_wrappers import start
@@ -20,13 +21,14 @@ def base(name: str) -> Any:
     return zoo.MODELS[name].make("float32")
 
 
-def places(model: Any) -> set[str]:
+def places(method: jpeft.Method, name: str) -> set[str]:
+    """Where the adapters of an abstract model stand."""
+    model = nnx.eval_shape(lambda: method(zoo.MODELS[name].make("float32"), rngs=0))
     return {key.removesuffix("/down") for key in jpeft.partition(model).adapter if key.endswith("/down")}
 
 
 def test_places_are_those_that_the_model_declares() -> None:
-    t5 = base("t5")
-    assert places(jpeft.Houlsby(train_norms=False)(t5, rngs=0)) == {
+    assert places(jpeft.Houlsby(train_norms=False), "t5") == {
         f"{stack}/block/layer/{number}/{name}/houlsby"
         for stack, number, name in (
             ("encoder", 0, "SelfAttention/o"),
@@ -36,17 +38,19 @@ def test_places_are_those_that_the_model_declares() -> None:
             ("decoder", 2, "DenseReluDense/wo"),
         )
     }
-    assert places(jpeft.ParallelAdapter()(t5, rngs=0)) == {
+    assert places(jpeft.ParallelAdapter(), "t5") == {
         "encoder/block/layer/1/DenseReluDense/parallel",
         "decoder/block/layer/2/DenseReluDense/parallel",
     }
-    assert places(jpeft.Pfeiffer()(base("llama"), rngs=0)) == {"layers/mlp/down_proj/pfeiffer"}
+    assert places(jpeft.ParallelAdapter(), "gpt2") == {"h/mlp/parallel"}
+    assert places(jpeft.Pfeiffer(), "llama") == {"layers/mlp/down_proj/pfeiffer"}
+    assert places(jpeft.Pfeiffer(), "llama-nf4") == {"layers/mlp/down_proj/pfeiffer"}
 
 
 def test_widths_of_the_bottleneck() -> None:
     def shape(method: jpeft.Method) -> tuple[int, ...]:
-        (key,) = places(made := method(base("llama"), rngs=0))
-        return jpeft.partition(made).adapter[f"{key}/down"].shape
+        made = nnx.eval_shape(lambda: method(zoo.MODELS["llama"].make("float32"), rngs=0))
+        return jpeft.partition(made).adapter["layers/mlp/down_proj/pfeiffer/down"].shape
 
     assert shape(jpeft.Pfeiffer()) == (3, zoo.WIDTH, 1)  # 12 / 16, but at least one unit
     assert shape(jpeft.Pfeiffer(reduction_factor=2.5)) == (3, zoo.WIDTH, 4)

@@ -76,6 +76,21 @@ def test_accumulation_weighs_by_tokens(llama: Path, size: int, accumulation: int
     assert any(float(jnp.abs(whole[name] - parts[2][name]).max()) > 1e-3 for name in whole)
 
 
+def test_what_methods_add_to_the_loss_counts_once_in_a_step(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the step is cut; the loss that it reports is the task's."""
+    parts = adapted(llama)
+    plain, metrics = update(parts, 2, 2)
+
+    def penalty(model: Any) -> jax.Array:
+        squares = [jnp.sum(value**2) for value in jpeft.partition(model).adapter.values()]
+        return 0.5 * jnp.sum(jnp.stack(squares))
+
+    monkeypatch.setattr(jpeft, "penalty", penalty)
+    held, same = update(parts, 2, 2)
+    assert_close(held, {name: value - parts[2][name] for name, value in plain.items()})
+    assert float(same["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+
+
 def test_the_loss_is_the_mean_over_learnt_tokens(llama: Path) -> None:
     _, graphdef, adapter, buffers, frozen = adapted(llama)
     score = make_scorer(graphdef, "text")
