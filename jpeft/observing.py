@@ -14,22 +14,22 @@ from jpeft.partition import GraphDef, combine, partition
 from jpeft.wrapper import Wrapper, observing
 
 
-def observe(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+def observe(model: nnx.Module, *args: Any, adapter_ids: jax.Array | None = None, **kwargs: Any) -> dict[str, jax.Array]:
     """Calls `model` and returns what its wrappers show, `{"layers/0/self_attn/unipelt/gate": array, ...}` by layer.
 
-    args, kwargs: of the model, arrays. Layers are run one by one, not as a scan, and compiled so once per structure.
+    args, kwargs: of the model, arrays. adapter_ids: as in `jpeft.combine`. Layers are run one by one, not as a scan, and compiled so once per structure.
     Raises JpeftError if the model shows nothing: UniPELT and AdapterFusion do.
     """
     graphdef, *arrays = partition(model)
-    seen = _observed(graphdef, arrays, args, kwargs)
+    seen = _observed(graphdef, arrays, adapter_ids, args, kwargs)
     if not seen:
         raise JpeftError("observe: no wrapper of the model has anything to show; gates and fusion attention do")
     return seen
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observed(graphdef: GraphDef, arrays: Any, args: Any, kwargs: Any) -> dict[str, jax.Array]:
-    model = combine(graphdef, *arrays)
+def _observed(graphdef: GraphDef, arrays: Any, ids: Any, args: Any, kwargs: Any) -> dict[str, jax.Array]:
+    model = combine(graphdef, *arrays, adapter_ids=ids)
     for node in paths.nodes(model):
         module = node.module
         while isinstance(module, Wrapper):

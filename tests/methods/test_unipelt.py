@@ -109,6 +109,9 @@ def test_gates_can_be_looked_at() -> None:
     at = "layers/self_attn/unipelt"
     first = jax.nn.sigmoid(normed @ values[f"{at}/gate"][0] + values[f"{at}/gate_bias"][0])
     assert zoo.relative(seen["layers/0/self_attn/unipelt/gate"], first) < 1e-5
+    served = jpeft.multi(adapted, [({**jpeft.partition(adapted).adapter, **values}, jpeft.partition(adapted).buffers)])
+    rows = jpeft.observe(served, zoo.ids(), adapter_ids=jnp.zeros(zoo.BATCH, jnp.int32))
+    assert all(zoo.relative(rows[key], value) < 1e-5 for key, value in seen.items())
     shut = {f"{at}/gate_bias": jnp.array([-60.0, 60.0])}
     seen = jpeft.observe(with_values(adapted, {**values, **shut}), zoo.ids())
     assert float(jnp.max(seen["layers/0/self_attn/unipelt/gate"])) < 1e-6
