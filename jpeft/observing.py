@@ -17,8 +17,8 @@ from jpeft.wrapper import Wrapper, observing
 def observe(model: nnx.Module, *args: Any, adapter_ids: jax.Array | None = None, **kwargs: Any) -> dict[str, jax.Array]:
     """Calls `model` and returns what its wrappers show, `{"layers/0/self_attn/unipelt/gate": array, ...}` by layer.
 
-    args, kwargs: of the model, arrays. adapter_ids: as in `jpeft.combine`. Layers are run one by one, not as a scan, and
-    compiled so once per structure. Raises JpeftError if the model shows nothing: UniPELT and AdapterFusion do.
+    args, kwargs: of the model, arrays. adapter_ids: as in `jpeft.combine`. Layers run one by one, not as a scan,
+    compiled once per structure. Raises JpeftError if the model shows nothing: UniPELT and AdapterFusion do.
     """
     graphdef, *arrays = partition(model)
     seen = _observed(graphdef, arrays, adapter_ids, args, kwargs)
