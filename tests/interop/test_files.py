@@ -225,13 +225,14 @@ def test_expressions_end_soon() -> None:
 
 def test_what_cannot_be_written(llama: Any, saved: Path, tmp_path: Path) -> None:
     lora = jpeft.LoRA(rank=2, targets="q_proj")
+    gpt2 = base("gpt2")
     refused = {
         "the model has none": llama,
         "the model has LoRA, LoRA": jpeft.compose(lora, jpeft.LoRA(rank=2, name="second"))(llama, rngs=0),
         "BitFit here trains others": jpeft.compose(jpeft.LoRA(rank=2, targets="c_attn"), jpeft.BitFit(targets="c_fc"))(
-            base("gpt2"), rngs=0
+            gpt2, rngs=0
         ),
-        "'transformer.wte' is adapted": jpeft.LoRA(rank=2, targets="wte")(base("gpt2"), rngs=0),
+        "'transformer.wte' is adapted": jpeft.LoRA(rank=2, targets="wte")(gpt2, rngs=0),
         "expected a model of jpeft.models": lora,
         r"position=\(0, 2\)": jpeft.PromptTuning(num_virtual_tokens=2, position=(0, 2))(llama, rngs=0),
         "prefix tuning of encoder-decoders": jpeft.PTuningV2(num_virtual_tokens=2)(base("t5"), rngs=0),

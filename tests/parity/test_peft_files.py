@@ -219,7 +219,6 @@ def test_lora(case: str, bases: Any, tmp_path: Path) -> None:
 NORMS: dict[str, Any] = {
     "llama": ["norm", "input_layernorm"],
     "gpt2": r".*\.h\.[12]\.ln_\d",
-    "bert": ["LayerNorm"],
     "t5": ["layer_norm", "decoder.final_layer_norm"],
 }
 
@@ -235,11 +234,9 @@ def test_norms(name: str, bases: Any, tmp_path: Path) -> None:
 PROMPTS = {
     "prompt": ("llama", "PromptTuningConfig"),
     "prompt-classifier": ("bert", "PromptTuningConfig"),
-    "prompt-tags": ("tags", "PromptTuningConfig"),
     "prompt-t5": ("t5", "PromptTuningConfig"),
     "encoded": ("gpt2", "PromptEncoderConfig"),
     "prefix": ("gpt2", "PrefixTuningConfig"),
-    "prefix-grouped": ("tied", "PrefixTuningConfig"),
 }
 
 
