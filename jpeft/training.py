@@ -27,8 +27,11 @@ def penalty(model: nnx.Module) -> jax.Array:
     return sum((term for term in terms if term is not None), jnp.float32(0))
 
 
-def optimizer(model: nnx.Module, tx: optax.GradientTransformation) -> Any:
-    """`tx` with what the model's methods ask of an optimizer of the adapter `partition(model).adapter`."""
+def optimizer(model: nnx.Module, tx: optax.GradientTransformation, *, total_steps: int | None = None) -> Any:
+    """`tx` with what the model's methods ask of an optimizer of the adapter `partition(model).adapter`.
+
+    total_steps: how many steps the training has, for methods that plan by it (AdaLoRA).
+    """
     for method in applied(model):
-        tx = method.optimizer(model, tx)
+        tx = method.optimizer(model, tx, total_steps)
     return tx

@@ -209,6 +209,7 @@ class Entry:
     on: Mapping[str, jpeft.Method] = dataclasses.field(default_factory=dict)
     starts: Literal["exactly", "closely", "elsewhere"] = "exactly"
     merges: bool = True
+    rows: bool = True
     low: float = 5e-2
 
 
@@ -295,11 +296,42 @@ METHODS: dict[str, Entry] = {
         starts="elsewhere",
         merges=False,
     ),
+    "ia3": Entry(
+        jpeft.IA3(),
+        models=("user-stack-remat", "flax-attention", "gpt2", "bert-mean-classifier"),
+        on={
+            "user-stack-remat": jpeft.IA3(targets="up", feed_forward="down", layers=[0, 2]),
+            "flax-attention": jpeft.IA3(targets=["key", "value"], feed_forward="out"),
+        },
+    ),
+    "lora_plus": Entry(jpeft.LoRAPlus(rank=2), models=("user-stack-remat",)),
+    "lora_fa": Entry(jpeft.LoRAFA(rank=2), models=("user-stack-remat", "flax-attention")),
+    "dora": Entry(
+        jpeft.DoRA(rank=2, alpha=3.0),
+        models=("user-stack-remat", "flax-attention", "gpt2", "llama-nf4"),
+        starts="closely",
+        rows=False,
+    ),
+    "adalora": Entry(
+        jpeft.AdaLoRA(rank=2, initial_rank=3, total_steps=9),
+        models=("user-stack-remat", "flax-attention", "t5"),
+        rows=False,
+    ),
 }
 
 # Further configurations, which differ in ways that do not depend on the model.
 _FEW = ("user-stack-remat", "llama")
 VARIANTS: dict[str, Entry] = {
+    "lora-pissa": Entry(
+        jpeft.LoRA(rank=2, alpha=3.0, init="pissa", targets=["embed", "up"], layers=[0, 2]),
+        models=("user-stack-remat", "flax-attention"),
+        on={"flax-attention": jpeft.LoRA(rank=3, init="olora", rank_pattern={"query": 2})},
+        starts="closely",
+    ),
+    "lora-orthogonal": Entry(jpeft.LoRA(rank=2, init="orthogonal"), models=("user-stack-remat",), starts="closely"),
+    "dora-some-layers": Entry(
+        jpeft.DoRA(rank=2, dropout=0.3, layers=[1], init="pissa"), models=("llama",), starts="closely", rows=False
+    ),
     "lora-rslora-gaussian": Entry(
         jpeft.LoRA(rank=4, alpha=2.0, use_rslora=True, init="gaussian", dropout=0.2), models=_FEW
     ),

@@ -109,7 +109,8 @@ class Loop:
         self.per_step = training.batch_size * training.accumulation
         self.per_epoch = math.ceil(len(task.train) / self.per_step)
         self.steps = min(training.max_steps or training.epochs * self.per_epoch, training.epochs * self.per_epoch)
-        self.transform = optimizer(training, self.steps, {key: labels[key] for key in self.adapter})
+        plain = optimizer(training, self.steps, {key: labels[key] for key in self.adapter})
+        self.transform = jpeft.optimizer(model, plain, total_steps=self.steps)
         self.targets = max(1, batches.most_targets(task.train))
         self.evaluator = Evaluator(
             (self.graphdef, self.buffers, self.frozen),

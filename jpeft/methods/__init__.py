@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from jpeft.errors import JpeftError, nearest
+from jpeft.methods.adalora import AdaLoRA, adalora_ranks
 from jpeft.methods.adapter_drop import DropAdapters, drop_adapters
 from jpeft.methods.bottleneck import Houlsby, ParallelAdapter, Pfeiffer
 from jpeft.methods.compose import Compose, compose
+from jpeft.methods.dora import DoRA
 from jpeft.methods.fusion import AdapterFusion
-from jpeft.methods.lora import LoRA
+from jpeft.methods.ia3 import IA3
+from jpeft.methods.lora import LoRA, LoRAFA, LoRAPlus
 from jpeft.methods.mam import MAM
 from jpeft.methods.method import Method, applied
 from jpeft.methods.prefix import PrefixTuning, PTuningV2
@@ -19,6 +22,10 @@ from jpeft.methods.unipelt import UniPELT
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
+    "lora_plus": LoRAPlus,
+    "lora_fa": LoRAFA,
+    "dora": DoRA,
+    "adalora": AdaLoRA,
     "prefix_tuning": PrefixTuning,
     "p_tuning_v2": PTuningV2,
     "prompt_tuning": PromptTuning,
@@ -33,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "unipelt": UniPELT,
     "drop_adapters": DropAdapters,
     "adapter_fusion": AdapterFusion,
+    "ia3": IA3,
 }
 
 
@@ -46,15 +54,20 @@ def from_dict(config: dict[str, Any]) -> Method:
 
 
 __all__ = [
+    "IA3",
     "MAM",
     "METHODS",
+    "AdaLoRA",
     "AdapterFusion",
     "BitFit",
     "Compose",
+    "DoRA",
     "DropAdapters",
     "FullTuning",
     "Houlsby",
     "LoRA",
+    "LoRAFA",
+    "LoRAPlus",
     "Method",
     "NormTuning",
     "PTuning",
@@ -64,6 +77,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "UniPELT",
+    "adalora_ranks",
     "applied",
     "compose",
     "drop_adapters",

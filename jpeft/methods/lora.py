@@ -4,6 +4,10 @@
 
 A starts as U(-1/sqrt(fan_in), 1/sqrt(fan_in)) and B as zero, so the adapted model starts as the base; an embedding
 starts with A zero and B normal. The product is never formed, except when the update is folded into the weight.
+
+    LoRAPlus  B learns faster than A. Hayou et al. 2024, arXiv:2402.12354
+    LoRAFA    A stays as it started, so layers keep x A for the backward pass and not x. Zhang et al. 2023,
+              arXiv:2308.03303
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from flax.core import FrozenDict
 
@@ -24,6 +29,7 @@ from jpeft.errors import JpeftError
 from jpeft.methods import fields
 from jpeft.methods.low_rank import FORMS, LoRAWrapper
 from jpeft.methods.method import refuse_second
+from jpeft.methods.starts import INITS
 from jpeft.methods.targeted import Targeted, covered, lead_of
 from jpeft.paths import Node
 from jpeft.targets import ALL_LINEAR, Pattern, prefix_of
@@ -40,7 +46,8 @@ class LoRA(Targeted):
     layers: the numbers of the layers to adapt (`range(8, 16)`); None means all.
     rank_pattern, alpha_pattern: {name or regular expression: value}, the first fitting entry decides; rank 0 leaves a
         module as it is. Works per layer: `{"layers.0": 4}`.
-    init: how A starts: "kaiming" (uniform, as in the paper's code) or "gaussian" (standard deviation 1 / rank).
+    init: how A and B start, one of `jpeft.methods.starts.INITS`: "kaiming" (as in the paper's code), "gaussian",
+        "orthogonal" (even ranks), "pissa" and "olora" (from the weight; the model still starts as the base).
     dtype: of A and B; they are cast to the base's output dtype where they are used.
     name: under which the variables are keyed: `<module path>/<name>/a` and `/b`.
 
@@ -48,7 +55,9 @@ class LoRA(Targeted):
     """
 
     kind: ClassVar[str] = "lora"
+    forms: ClassVar[dict[type[nnx.Module], type[LoRAWrapper]]] = FORMS
     wraps: ClassVar[tuple[type[nnx.Module], ...]] = tuple(FORMS)
+    trains_a: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float | None = None
@@ -67,7 +76,9 @@ class LoRA(Targeted):
         for field in ("rank_pattern", "alpha_pattern"):
             table = getattr(self, field)
             if not isinstance(table, Mapping) or not all(isinstance(entry, str) for entry in table):
-                raise JpeftError(f"LoRA: {field}={table!r} is no mapping of names or regular expressions to values")
+                raise JpeftError(
+                    f"{type(self).__name__}: {field}={table!r} is no mapping of names or regular expressions to values"
+                )
         self.settle_targets()
         fields.settle(
             self,
@@ -85,14 +96,23 @@ class LoRA(Targeted):
         for entry, alpha in {**given, **self.alpha_pattern}.items():
             fields.check_finite(self, entry, alpha)
         fields.check_rate(self, "dropout", self.dropout)
-        fields.check_choice(self, "init", self.init, ("kaiming", "gaussian"))
+        fields.check_choice(self, "init", self.init, INITS)
+        self._check_start()
         fields.check_choice(self, "dtype", self.dtype, fields.DTYPES)
+
+    def _check_start(self) -> None:
+        alphas = (self.rank if self.alpha is None else self.alpha, *self.alpha_pattern.values())
+        if self.init == "pissa" and min(alphas) <= 0:
+            raise JpeftError(f"{type(self).__name__}: init='pissa' needs alpha above 0, found {min(alphas)}")
+        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
+        if self.init == "orthogonal" and odd:
+            raise JpeftError(f"{type(self).__name__}: init='orthogonal' needs even ranks, found {odd[0]}")
 
     def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
         chosen = self.resolve(model)
         prefix = prefix_of(model)
-        ranks = Pattern(self.rank_pattern, field="rank_pattern", method="LoRA")
-        alphas = Pattern(self.alpha_pattern, field="alpha_pattern", method="LoRA")
+        ranks = Pattern(self.rank_pattern, field="rank_pattern", method=type(self).__name__)
+        alphas = Pattern(self.alpha_pattern, field="alpha_pattern", method=type(self).__name__)
         replacements: dict[surgery.Path, Callable[[Any], Any]] = {}
         for node, layers in chosen:
             refuse_second(node.module, self.name, node.name)
@@ -103,7 +123,9 @@ class LoRA(Targeted):
         ranks.check()
         alphas.check()
         if not replacements:
-            raise JpeftError(f"LoRA: rank_pattern={dict(self.rank_pattern)!r} gives every target rank 0")
+            raise JpeftError(
+                f"{type(self).__name__}: rank_pattern={dict(self.rank_pattern)!r} gives every target rank 0"
+            )
         return surgery.replace(model, replacements)
 
     @property
@@ -126,7 +148,7 @@ class LoRA(Targeted):
 
         def wrap(base: Any) -> LoRAWrapper:
             try:
-                return FORMS[kind](
+                return self.forms[kind](
                     base, method=self, rank=rank, lead=lead, keys=keys, scale=jnp.asarray(scale), layers=layers
                 )
             except JpeftError as error:
@@ -139,3 +161,42 @@ def _slot_scales(rank: int, live: int, alpha: float, rslora: bool) -> np.ndarray
     """alpha / r for the live slots of one layer's padded rank, 0 for the rest."""
     value = alpha / (math.sqrt(live) if rslora else live) if live else 0.0
     return np.where(np.arange(rank) < live, value, 0.0).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAPlus(LoRA):
+    """LoRA+ (arXiv:2402.12354): the updates of B are `ratio` times as large, through `jpeft.optimizer`."""
+
+    kind: ClassVar[str] = "lora_plus"
+
+    ratio: float = 16.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields.settle(self, ratio=fields.real(self.ratio))
+        fields.check_finite(self, "ratio", self.ratio)
+
+    def optimizer(
+        self, model: nnx.Module, tx: optax.GradientTransformation, total_steps: int | None
+    ) -> optax.GradientTransformation:
+        end = f"/{self.name}/b"
+
+        def chosen(tree: Mapping[str, Any]) -> dict[str, bool]:
+            return {key: key.endswith(end) for key in tree}
+
+        return optax.chain(tx, optax.masked(optax.scale(self.ratio), chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAFA(LoRA):
+    """LoRA-FA (arXiv:2308.03303): A is saved with the adapter and never trained."""
+
+    kind: ClassVar[str] = "lora_fa"
+    forms: ClassVar[dict[type[nnx.Module], type[LoRAWrapper]]] = {
+        # An embedding's a starts as zero and would stay so.
+        kind: form
+        for kind, form in FORMS.items()
+        if kind is not nnx.Embed
+    }
+    wraps: ClassVar[tuple[type[nnx.Module], ...]] = tuple(forms)
+    trains_a: ClassVar[bool] = False

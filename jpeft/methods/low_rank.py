@@ -27,10 +27,12 @@ from jaxtyping import Array, Float, Int
 from jpeft import kinds
 from jpeft.dropout import Dropout
 from jpeft.errors import JpeftError
+from jpeft.methods.starts import FROM_THE_WEIGHT, from_noise, from_weight
 from jpeft.variables import AdapterBuffer, Trainable
 from jpeft.wrapper import NotMergeable, Wrapper, innermost
 
 if TYPE_CHECKING:
+    from jpeft.methods.adalora import AdaLoRA
     from jpeft.methods.lora import LoRA
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -74,18 +76,48 @@ def _backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
 low_rank.defvjp(_forward, _backward)
 
 
-def product(x: Array, a: Array, b: Array, scale: Array) -> Array:
-    """`low_rank`, or its plain form where types of arrays name mesh axes, for which autodiff knows the collectives."""
+@jax.custom_vjp
+def low_rank_fixed(x: Array, a: Array, b: Array, scale: Array) -> Array:
+    """`low_rank` with an `a` that does not train: the backward pass needs x a, which is small, and not x."""
+    return _plain(x, a, b, scale)
+
+
+def _forward_fixed(x: Array, a: Array, b: Array, scale: Array) -> tuple[Array, tuple[Array, ...]]:
+    h = x @ a
+    return (h * scale) @ b, (h, a, b, scale)
+
+
+def _backward_fixed(residuals: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
+    h, a, b, scale = residuals
+    flat_h, flat_dy = (t.reshape(-1, t.shape[-1]) for t in (h, dy))
+    dhs = jax.lax.dot_general(flat_dy, b, (((1,), (1,)), ((), ())))
+    db = jax.lax.dot_general(flat_h * scale, flat_dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    dx = jax.lax.dot_general(dhs * scale, a, (((1,), (1,)), ((), ()))).reshape(*h.shape[:-1], a.shape[0])
+    return dx.astype(h.dtype), None, db.astype(b.dtype), jnp.sum(dhs * flat_h, axis=0).astype(scale.dtype)
+
+
+low_rank_fixed.defvjp(_forward_fixed, _backward_fixed)
+
+
+def product(x: Array, a: Array, b: Array, scale: Array, *, fixed: bool = False) -> Array:
+    """`low_rank`, or its plain form where types of arrays name mesh axes, for which autodiff knows the collectives.
+
+    fixed: whether `a` does not train.
+    """
     typed = jax.typeof(x)
     named = any(kind != AxisType.Auto for kind in typed.sharding.mesh.axis_types)
-    return (_plain if named or getattr(typed, "vma", None) else low_rank)(x, a, b, scale)
+    if named or getattr(typed, "vma", None):
+        return _plain(x, a, b, scale)
+    return (low_rank_fixed if fixed else low_rank)(x, a, b, scale)
 
 
 class LoRAWrapper(Wrapper):
     """A layer with a low-rank update; subclasses say how for one kind of layer.
 
-    a, b: `Trainable`, lead + the shapes of the module's table. scale: `AdapterBuffer`, lead + [r]: alpha / rank for the
-    slots in use, 0 for those that only pad a smaller rank.
+    a, b: `Trainable`, lead + the shapes of the module's table (a is an
+    `AdapterBuffer` where the method keeps it fixed).
+    scale: `AdapterBuffer`, lead + [r]: alpha / rank for the slots in use, 0 for those that only pad a smaller rank.
+    a0, b0: `AdapterBuffer`, what a and b started as, where they start from the weight (`jpeft.methods.starts`).
     """
 
     takes_many = True
@@ -94,7 +126,7 @@ class LoRAWrapper(Wrapper):
         self,
         base: nnx.Module,
         *,
-        method: LoRA,
+        method: LoRA | AdaLoRA,
         rank: int,
         lead: tuple[int, ...],
         keys: jax.Array,
@@ -109,9 +141,13 @@ class LoRAWrapper(Wrapper):
 
         for _ in lead:
             start = jax.vmap(start)
-        a, b = start(keys)
-        self.a = Trainable(a.astype(method.dtype), group="lora_a")
-        self.b = Trainable(b.astype(method.dtype), group="lora_b")
+        from_weight = method.init in FROM_THE_WEIGHT
+        a, b = self._from_weight(scale, shape_a, shape_b, method.init) if from_weight else start(keys)
+        a, b = a.astype(method.dtype), b.astype(method.dtype)
+        self.trains_a = method.trains_a
+        self.a = Trainable(a, group="lora_a") if self.trains_a else AdapterBuffer(a)
+        self.b = Trainable(b, group="lora_b")
+        self.a0, self.b0 = (nnx.data(AdapterBuffer(jnp.array(v)) if from_weight else None) for v in (a, b))
         self.scale = AdapterBuffer(scale)
         self.dropout = Dropout(float(method.dropout), lead)
         self.leading = len(lead)
@@ -134,17 +170,53 @@ class LoRAWrapper(Wrapper):
         key: jax.Array, shape_a: tuple[int, ...], shape_b: tuple[int, ...], init: str
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """Initial a and b of one layer, in float32."""
-        if init == "gaussian":
-            return jax.random.normal(key, shape_a) / shape_a[-1], jnp.zeros(shape_b)
-        bound = 1 / math.sqrt(math.prod(shape_a[:-1]))
-        return jax.random.uniform(key, shape_a, minval=-bound, maxval=bound), jnp.zeros(shape_b)
+        return from_noise(key, shape_a, shape_b, init)
+
+    def _from_weight(
+        self, scale: Array, shape_a: tuple[int, ...], shape_b: tuple[int, ...], init: str
+    ) -> tuple[Array, Array]:
+        if not isinstance(self, LoRALinear | LoRALinearGeneral | LoRAEmbed):
+            kind = type(innermost(self.base)).__name__
+            raise JpeftError(f"init={init!r} starts from the weight of linear and embedding layers, not of a {kind}")
+        lead, rank = scale.shape[:-1], shape_a[-1]
+        sizes = math.prod(shape_a[:-1]), math.prod(shape_b[1:])
+        if rank > min(sizes):
+            raise JpeftError(f"init={init!r}: rank {rank} is more than the {min(sizes)} components of this weight")
+        weight = kinds.dense_weight(self.base, self.layers).reshape(*lead, *sizes)
+        a, b = from_weight(weight, scale, init)
+        return a.reshape(*lead, *shape_a), b.reshape(*lead, *shape_b)
+
+    def factors(self) -> tuple[Array, Array, Array]:
+        """a, b and scale of the whole update, the start taken off."""
+        a, b, scale = self.a[...], self.b[...], self.scale[...]
+        if self.a0 is None or self.b0 is None:
+            return a, b, scale
+        axis = -len(self.shapes(1)[1])  # the rank's axis in b
+        return (
+            jnp.concatenate([a, self.a0[...]], axis=-1),
+            jnp.concatenate([b, self.b0[...]], axis=axis),
+            jnp.concatenate([scale, -scale], axis=-1),
+        )
+
+    def factors_in(self, dtype: Any) -> tuple[Array, Array, Array]:
+        """The factors in the dtype that the layer computes in."""
+        a, b, scale = (factor.astype(dtype) for factor in self.factors())
+        return a, b, scale
+
+    def column_gain(self) -> Array | None:
+        """What the columns of weight and update together are multiplied by, lead + [*out]; None for nothing."""
+        return None
+
+    def product(self, x: Array, a: Array, b: Array, scale: Array) -> Array:
+        """((x a) * scale) b."""
+        return product(x, a, b, scale, fixed=not self.trains_a)
 
     def updated(self, y: Array, update: Callable[..., Array], x: Array, *, by_row: bool = True) -> Array:
         """y + update(x, a, b, scale), all in y's dtype; with several adapters, each row of the batch uses its own.
 
         by_row: whether the first axis of x and y is the batch, which then has to be.
         """
-        a, b, scale = (variable[...].astype(y.dtype) for variable in (self.a, self.b, self.scale))
+        a, b, scale = self.factors_in(y.dtype)
         if self.adapter_ids is None:
             return y + update(x, a, b, scale).reshape(y.shape)
         if not by_row:
@@ -178,9 +250,9 @@ class LoRAWrapper(Wrapper):
         weight = kinds.weight(base)
         value = weight.get_value()
 
-        whole = (self.a.get_value(), self.b.get_value(), self.scale.get_value())
         chosen = value if self.layers is None else value[jnp.array(self.layers)]
-        made = _added(type(self), self.spec(), len(kinds.lead(base)), chosen, *whole)
+        gain = self.column_gain()
+        made = _added(type(self), self.spec(), len(kinds.lead(base)), chosen, *self.factors(), gain)
         whole_made = made if self.layers is None else value.at[jnp.array(self.layers)].set(made)
         # A new Variable: the old one may be shared with another module, which has no adapter or another one.
         setattr(base, kinds.KINDS[kind][0], type(weight)(whole_made, **weight.get_metadata()))
@@ -189,16 +261,24 @@ class LoRAWrapper(Wrapper):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _added(
-    form: type[LoRAWrapper], spec: Hashable, lead: int, weight: Array, a: Array, b: Array, scale: Array
+    form: type[LoRAWrapper],
+    spec: Hashable,
+    lead: int,
+    weight: Array,
+    a: Array,
+    b: Array,
+    scale: Array,
+    gain: Array | None,
 ) -> Array:
-    def add(rows: tuple[Array, Array, Array, Array]) -> Array:
-        weight, a, b, scale = rows
+    def add(rows: tuple[Array, Array, Array, Array, Array | None]) -> Array:
+        weight, a, b, scale, gain = rows
         delta = form.delta(a.astype(jnp.float32) * scale, b.astype(jnp.float32), spec)
-        return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+        made = weight.astype(jnp.float32) + delta
+        return (made if gain is None else made * gain).astype(weight.dtype)
 
     for _ in range(lead):  # one layer after the other: the float32 temporaries are of one layer, not of the stack
         add = functools.partial(jax.lax.map, add)
-    return add((weight, a, b, scale))
+    return add((weight, a, b, scale, gain))
 
 
 class LoRALinear(LoRAWrapper):
@@ -210,7 +290,11 @@ class LoRALinear(LoRAWrapper):
 
     def __call__(self, x: Float[Array, "*batch in"], *args: Any, **kwargs: Any) -> Float[Array, "*batch out"]:
         y = self.base(x, *args, **kwargs)
-        return self.updated(y, product, self.dropout(x.astype(y.dtype)))
+        return self.updated(y, self.update, self.dropout(x.astype(y.dtype)))
+
+    def update(self, x: Array, a: Array, b: Array, scale: Array) -> Array:
+        """The update of x."""
+        return self.product(x, a, b, scale)
 
     @staticmethod
     def delta(a: Array, b: Array, spec: Any) -> Array:
@@ -230,15 +314,20 @@ class LoRALinearGeneral(LoRAWrapper):
 
     def __call__(self, x: Float[Array, "..."], *args: Any, **kwargs: Any) -> Float[Array, "..."]:
         y = self.base(x, *args, **kwargs)
+        by_row = 0 not in {axis % x.ndim for axis in innermost(self.base).axis}
+        return self.updated(y, self.update, self.contracted(self.dropout(x.astype(y.dtype))), by_row=by_row)
+
+    def contracted(self, x: Array) -> Array:
+        """x with the axes that the layer contracts last, as one."""
         axes = sorted(axis % x.ndim for axis in innermost(self.base).axis)  # Flax contracts them in this order
         rest = [axis for axis in range(x.ndim) if axis not in axes]
-        moved = jnp.transpose(self.dropout(x.astype(y.dtype)), (*rest, *axes))
+        moved = jnp.transpose(x, (*rest, *axes))
+        return moved.reshape(*moved.shape[: len(rest)], -1)
 
-        def update(x: Array, a: Array, b: Array, scale: Array) -> Array:
-            rank = scale.shape[-1]
-            return product(x, a.reshape(-1, rank), b.reshape(rank, -1), scale)
-
-        return self.updated(y, update, moved.reshape(*moved.shape[: len(rest)], -1), by_row=0 not in axes)
+    def update(self, x: Array, a: Array, b: Array, scale: Array) -> Array:
+        """The update of `contracted` input, its output axes as one."""
+        rank = scale.shape[-1]
+        return self.product(x, a.reshape(-1, rank), b.reshape(rank, -1), scale)
 
     @staticmethod
     def delta(a: Array, b: Array, spec: Any) -> Array:

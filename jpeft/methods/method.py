@@ -49,7 +49,9 @@ class Method:
         """The methods this one consists of, in a form that can be written to a file (predicates resolved to names)."""
         return (self,)
 
-    def optimizer(self, model: nnx.Module, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    def optimizer(
+        self, model: nnx.Module, tx: optax.GradientTransformation, total_steps: int | None
+    ) -> optax.GradientTransformation:
         """`tx` with whatever this method asks of an optimizer of `model`'s adapter; see `jpeft.optimizer`."""
         return tx
 

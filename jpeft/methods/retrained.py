@@ -122,7 +122,7 @@ def _set(module: Any, values: Mapping[str, jax.Array]) -> None:
         kept = vars(module).get(own)
         like = kept if kept is not None else kinds.weight(module)
         if kept is None:
-            module.use_bias = True  # nnx.Linear insists
+            vars(module)["use_bias"] = True  # nnx.Linear insists
         setattr(module, own, nnx.data(type(like)(value.astype(like.dtype), **like.get_metadata())))
 
 

@@ -64,9 +64,7 @@ class Targeted(Method):
     def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
         if not any(callable(entry) for entry in (*(self.targets or ()), *self.exclude)):
             return (self,)
-        found = [node.expanded(member) for node, layers in self.resolve(model) for member in layers or (None,)]
-        exact = tuple(f"^{re.escape(name)}$" for name in found)
-        return (replaced(self, targets=exact, exclude=(), layers=None),)
+        return (replaced(self, targets=exact_names(self.resolve(model)), exclude=(), layers=None),)
 
     def resolve(self, model: nnx.Module) -> list[tuple[Node, Layers]]:
         """The nodes to wrap, each with the layers that are meant (None: all of them, or there are none)."""
@@ -90,10 +88,10 @@ class Targeted(Method):
         """For a method that can wrap other modules than the kinds of `wraps`: whether it can wrap a module."""
         return None
 
-    def _placed(self, node: Node, layers: Layers, key: jax.Array) -> Callable[[Any], Any]:
+    def _placed(self, node: Node, layers: Layers, key: jax.Array, *more: Any) -> Callable[[Any], Any]:
         def wrap(base: Any) -> Any:
             try:
-                return self.wrapper(base, node, layers, key)
+                return self.wrapper(base, node, layers, key, *more)
             except JpeftError as error:
                 raise JpeftError(f"{error} ({node.name or 'the model itself'!r})") from None
 
@@ -108,6 +106,12 @@ def targets_or_none(given: Any) -> tuple[Entry, ...] | None:
 def replaced(method: Any, **changes: Any) -> Any:
     """`method` with other values of some fields."""
     return dataclasses.replace(method, **changes)
+
+
+def exact_names(found: Iterable[tuple[Node, Layers]]) -> tuple[str, ...]:
+    """Targets that select these nodes and layers, and nothing else."""
+    names = [node.expanded(member) for node, layers in found for member in layers or (None,)]
+    return tuple(f"^{re.escape(name)}$" for name in names)
 
 
 def covered(node: Node, live: Iterable[int]) -> Layers:

@@ -26,7 +26,7 @@ def pissa(weight: Weight, rank: int) -> tuple[Weight, A, B]:
     arXiv:2404.02948). With W = U S V', a = U_r sqrt(S_r) and b = sqrt(S_r) V_r'. The residual is in float32.
     """
     wide = weight.astype(jnp.float32)
-    a, b = _principal(wide, rank)
+    a, b = principal(wide, rank)
     return wide - jnp.matmul(a, b, precision=_HIGHEST), a, b
 
 
@@ -38,7 +38,7 @@ def qpissa(weight: Weight, form: Format, rank: int, iterations: int = 1) -> tupl
     residual, a, b = pissa(wide, rank)
     quantized = form.quantize(residual)
     for _ in range(_checked(iterations) - 1):
-        a, b = _principal(wide - quantized.dequantize(jnp.float32), rank)
+        a, b = principal(wide - quantized.dequantize(jnp.float32), rank)
         quantized = form.quantize(wide - jnp.matmul(a, b, precision=_HIGHEST))
     return quantized, a, b
 
@@ -51,12 +51,12 @@ def loftq(weight: Weight, form: Format, rank: int, iterations: int = 1) -> tuple
     target = wide
     for _ in range(_checked(iterations)):
         quantized = form.quantize(target)
-        a, b = _principal(wide - quantized.dequantize(jnp.float32), rank)
+        a, b = principal(wide - quantized.dequantize(jnp.float32), rank)
         target = wide - jnp.matmul(a, b, precision=_HIGHEST)
     return quantized, a, b
 
 
-def _principal(weight: Weight, rank: int) -> tuple[A, B]:
+def principal(weight: Weight, rank: int) -> tuple[A, B]:
     """The best approximation of that rank (Eckart and Young), the singular values shared between the factors."""
     *lead, features_in, features_out = weight.shape
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(features_in, features_out):

@@ -33,7 +33,7 @@ def stacked() -> Any:
         ({"alpha": "16"}, "alpha='16'"),
         ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
         ({"dropout": -0.1}, "dropout=-0.1"),
-        ({"init": "zeros"}, "init='zeros'; choose 'kaiming' or 'gaussian'"),
+        ({"init": "zeros"}, "init='zeros'; choose 'kaiming', 'gaussian'"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"name": "a b"}, "name='a b' is not an identifier"),
         ({"layers": [-1]}, r"layers=\[-1\]"),
