@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from jpeft.errors import JpeftError, nearest
+from jpeft.interop.adalora import ADALORA
 from jpeft.interop.config import Settings
 from jpeft.interop.converter import Converter
+from jpeft.interop.ia3 import IA3_CONVERTER
 from jpeft.interop.lora import LORA
 from jpeft.interop.norms import LN_TUNING
 from jpeft.interop.prefix import PREFIX_TUNING
@@ -13,6 +15,8 @@ from jpeft.methods import Method
 
 CONVERTERS: tuple[Converter, ...] = (
     LORA,
+    ADALORA,
+    IA3_CONVERTER,
     LN_TUNING,
     PROMPT_TUNING,
     P_TUNING,

@@ -23,7 +23,7 @@ from jpeft.interop.links import Link, View, turned, whole
 from jpeft.interop.names import PREFIX, Place, is_transposed, model_and_family, places, tied_embedding, tied_head
 from jpeft.interop.selection import Pattern, selected, shortest, target_names, targets_for
 from jpeft.kinds import own_shape
-from jpeft.methods import LoRA
+from jpeft.methods import DoRA, LoRA, LoRAFA, LoRAPlus
 from jpeft.models.model import Model
 from jpeft.targets import Pattern as OurPattern
 from jpeft.targets import prefix_of
@@ -53,6 +53,7 @@ SCHEMA = Schema(
         "r": 8,
         "rank_pattern": {},
         "target_modules": None,
+        "use_dora": False,
         "use_rslora": False,
     },
     refused={
@@ -66,7 +67,6 @@ SCHEMA = Schema(
         "target_parameters": None,
         "trainable_token_indices": None,
         "use_bdlora": None,
-        "use_dora": False,
         "use_qalora": False,
         "velora_config": None,
     },
@@ -86,7 +86,10 @@ def _read(settings: Settings, model: Model, tensors: Tensors) -> LoRA:
         )
     settings.flag("fan_in_fan_out", False)  # the layout in files is one and the same
     everything = list(places(model))
-    chosen = selected(settings, everything, lambda place: place.kind in _KINDS, "linear layers and embeddings")
+    kind = DoRA if settings.flag("use_dora", False) else LoRA
+    kinds = [each for each in _KINDS if each in kind.wraps]
+    said = "linear layers and embeddings" if nnx.Embed in kinds else "linear layers (with use_dora)"
+    chosen = selected(settings, everything, lambda place: place.kind in kinds, said)
     check_tied(settings, model, [place.name for place in chosen])
     rank, alpha = settings.integer("r", 8), settings.real("lora_alpha", 8)
     ranks, alphas = Pattern(settings, "rank_pattern"), Pattern(settings, "alpha_pattern")
@@ -94,11 +97,11 @@ def _read(settings: Settings, model: Model, tensors: Tensors) -> LoRA:
     own_alphas = {place: config.finite(settings, "alpha_pattern", alphas(place.name, alpha)) for place in chosen}
     ranks.check()
     alphas.check()
-    return LoRA(
+    return kind(
         rank=rank,
         alpha=alpha,
         dropout=settings.rate("lora_dropout"),
-        targets=targets_for(chosen, [place for place in everything if place.kind in LoRA.wraps]),
+        targets=targets_for(chosen, [place for place in everything if place.kind in kind.wraps]),
         rank_pattern=_table(own_ranks, rank),
         alpha_pattern=_table(own_alphas, alpha),
         use_rslora=settings.flag("use_rslora", False),
@@ -187,12 +190,14 @@ def _links(model: Model, method: LoRA, settings: Settings | None) -> list[Link]:
                 made.append(Link(own, row, at_head[0], (total, outputs), whole, _ranks(ranks), slots, sign, copy=True))
                 view = _turned_ranks(ranks)
                 made.append(Link(f"{key}a{start}", row, at_head[1], (inputs, total), turned, view, slots, copy=True))
+        if isinstance(method, DoRA):
+            made.append(Link(key + "m", row, f"{place.key}.lora_magnitude_vector", (outputs,)))
     return made
 
 
 def _has_start(place: Place, method: LoRA) -> bool:
     """Whether the update is less what it started as: then it is written as one of twice the rank."""
-    return getattr(at(place.node.module, method.name), "a0", None) is not None
+    return at(place.node.module, method.name).a0 is not None
 
 
 def _ranks(ranks: slice) -> View:
@@ -228,6 +233,7 @@ def _write(model: Model, method: LoRA) -> dict[str, Any]:
         "r": rank,
         "rank_pattern": _pattern({entry.place.name: entry.rank * rank // method.rank for entry in entries}, rank),
         "target_modules": target_names(model, names),
+        "use_dora": isinstance(method, DoRA),
         "use_rslora": method.use_rslora,
     }
 
@@ -261,4 +267,4 @@ def number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
-LORA = Converter("LORA", (LoRA,), SCHEMA, _read, _links, _write, prefix="lora_")
+LORA = Converter("LORA", (LoRA, LoRAPlus, LoRAFA, DoRA), SCHEMA, _read, _links, _write, prefix="lora_")

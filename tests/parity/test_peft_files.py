@@ -204,6 +204,8 @@ LORA: dict[str, tuple[str, dict[str, Any]]] = {
         {"r": 3, "target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
     "t5": ("t5", {"r": 3, "lora_alpha": 5, "target_modules": ["q", "v", "wo"]}),
+    "dora": ("gpt2", {"r": 3, "use_dora": True, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+    "dora-bias": ("roberta", {"r": 2, "use_dora": True, "target_modules": ["value"], "use_rslora": True}),
 }
 
 
@@ -214,6 +216,70 @@ def test_lora(case: str, bases: Any, tmp_path: Path) -> None:
     name, fields = LORA[case]
     config = peft.LoraConfig(task_type=TASK_TYPES.get(BASES[name][3]), **fields)
     both_ways(name, config, bases, tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_from_the_weight_are_written_as_plain_lora(init: str, bases: Any, tmp_path: Path) -> None:
+    import peft
+
+    method = jpeft.LoRA(rank=2, alpha=3, init=init, targets=["q_proj", "up_proj"], rank_pattern={"layers.1": 3})
+    base = our_base("llama", bases("llama"))
+    parts = jpeft.partition(method(base, rngs=0))
+    adapter = {key: value + 0.1 for key, value in parts.adapter.items()}
+    ours, given = jpeft.combine(parts.graphdef, adapter, *parts[2:]), batch("llama")
+    folder = jpeft.save_peft(ours, tmp_path / "ours")
+    read = peft.PeftModel.from_pretrained(their_base("llama", bases("llama")), folder)
+    assert difference(ours(**given), theirs(read, given)) < 1e-5
+    assert difference(jpeft.load_peft(base, folder)(**given), theirs(read, given)) < 1e-5
+
+
+IA3: dict[str, dict[str, Any]] = {
+    "llama": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "gpt2": {
+        "target_modules": ["c_attn", "attn.c_proj", "mlp.c_proj"],
+        "feedforward_modules": ["mlp.c_proj"],
+        "fan_in_fan_out": True,
+    },
+    "bert": {"target_modules": r".*\.[01]\..*(value|output\.dense)", "feedforward_modules": r".*\d\.output.dense"},
+    "t5": {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]},
+}
+
+
+@pytest.mark.parametrize("name", IA3)
+def test_ia3(name: str, bases: Any, tmp_path: Path) -> None:
+    import peft
+
+    both_ways(name, peft.IA3Config(task_type=TASK_TYPES[BASES[name][3]], **IA3[name]), bases, tmp_path)
+
+
+ADALORA: dict[str, tuple[str, dict[str, Any]]] = {
+    "whole": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "pruned": ("llama", {"target_modules": ["q_proj", "up_proj"], "lora_alpha": 5, "layers_to_transform": [0, 2]}),
+}
+
+
+@pytest.mark.parametrize("case", ADALORA)
+def test_adalora(case: str, bases: Any, tmp_path: Path) -> None:
+    import peft
+
+    name, fields = ADALORA[case]
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=9, tfinal=3, **fields)
+    prune = _pruned if case == "pruned" else None
+    ours, written = both_ways(name, config, bases, tmp_path, prune=prune)
+    assert jpeft.applied(ours)[0].final_steps == 3
+    assert (written["rank_pattern"] is None) == (prune is None)
+
+
+def _pruned(model: Any) -> None:
+    """As PEFT's allocator leaves a model in the end: masks in rank_pattern, one of them without any rank."""
+    pattern = {}
+    for number, (name, module) in enumerate(model.base_model.model.named_modules()):
+        if hasattr(module, "lora_E"):
+            kept = [bool((number + rank) % 3) for rank in range(4)] if pattern else [False] * 4
+            pattern[f"{name}.lora_E.default"] = kept
+            with torch.no_grad():
+                module.lora_E["default"][[not live for live in kept]] = 0
+    model.peft_config["default"].rank_pattern = pattern
 
 
 NORMS: dict[str, Any] = {
