@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shlex
@@ -12,14 +11,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import jpeft
 from jpeft.errors import JpeftError
-from train import batches, session
+from train import batches, session, trackers
 from train import config as configs
 from train import data as task_data
 from train.data import TaskData
@@ -27,7 +26,8 @@ from train.display import Display, Meter, clock, size
 from train.evaluate import Evaluator, Score
 from train.examples import Reader
 from train.schema import Config
-from train.step import make_step, optimizer
+from train.step import make_step, optimizer, rates
+from train.trackers import Trackers
 
 PREVIOUS = "previous"  # where in its folder a finished run goes when another takes its place
 
@@ -52,6 +52,7 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     started = time.monotonic()
     config = session.located(configs.load(path, overrides))
     session.check_sources(config)
+    trackers.check(config.output)
     folder = Path(config.output.folder)
     _check_place(folder)
     train_rows, test_rows = task_data.read_rows(config.data)
@@ -109,7 +110,9 @@ class Loop:
         self.per_step = training.batch_size * training.accumulation
         self.per_epoch = math.ceil(len(task.train) / self.per_step)
         self.steps = min(training.max_steps or training.epochs * self.per_epoch, training.epochs * self.per_epoch)
-        plain = optimizer(training, self.steps, {key: labels[key] for key in self.adapter})
+        groups = {key: labels[key] for key in self.adapter}
+        plain = optimizer(training, self.steps, groups)
+        self.rates = rates(training, self.steps, groups)
         self.transform = jpeft.optimizer(model, plain, total_steps=self.steps)
         self.targets = max(1, batches.most_targets(task.train))
         self.evaluator = Evaluator(
@@ -130,7 +133,7 @@ class Loop:
             f"steps     {self.steps} of {self.per_step} rows, padded to {', '.join(map(str, sorted(shapes)))} tokens: "
             f"{len(shapes)} programs to compile for training, {self.evaluator.shapes} for evaluation"
         )
-        with (self.folder / session.METRICS).open("w", encoding="utf-8") as log:
+        with trackers.open_trackers(self.config, self.folder) as log:
             before = self._evaluate(0, log, "before", answers=True)
             losses = self._train([window for plan in plans for window in plan][: self.steps], log)
             after = self._evaluate(self.steps, log, "after", answers=True)
@@ -143,7 +146,7 @@ class Loop:
     def _plan(self, epoch: int) -> list[batches.Window]:
         return batches.plan(self.lengths, self.buckets, self.per_step, self.config.training.seed, epoch)
 
-    def _train(self, windows: Sequence[batches.Window], log: TextIO) -> tuple[float, ...]:
+    def _train(self, windows: Sequence[batches.Window], log: Trackers) -> tuple[float, ...]:
         training = self.config.training
         step = make_step(self.graphdef, self.task.form, self.transform)
         state = self.transform.init(self.adapter)
@@ -175,12 +178,12 @@ class Loop:
         return tuple(losses)
 
     def _log_step(
-        self, log: TextIO, meter: Meter, step: int, metrics: dict[str, float], busy: float, tokens: int
+        self, log: Trackers, meter: Meter, step: int, metrics: dict[str, float], busy: float, tokens: int
     ) -> None:
         rate = tokens / max(busy, 1e-9)
+        learning = {"learning_rate": {group: float(values[step - 1]) for group, values in self.rates.items()}}
         speed = {"tokens": tokens, "tokens_per_second": round(rate, 1), "seconds": round(busy, 3)}
-        log.write(json.dumps({"step": step, **metrics, **speed}) + "\n")
-        log.flush()
+        log.record({"step": step, **metrics, **learning, **speed})
         meter.update(step, metrics["loss"], rate, busy / step * (self.steps - step))
 
     def _check_finite(self, metrics: dict[str, float], number: int, window: batches.Window) -> None:
@@ -202,11 +205,10 @@ class Loop:
                 f"smaller training.learning_rate (now {self.config.training.learning_rate:g}) usually helps"
             )
 
-    def _evaluate(self, step: int, log: TextIO, name: str, *, answers: bool) -> Score:
+    def _evaluate(self, step: int, log: Trackers, name: str, *, answers: bool) -> Score:
         begun = time.monotonic()
         score = self.evaluator(self.adapter, answers=answers)
-        log.write(json.dumps({"step": step, "evaluation": score.metrics}) + "\n")
-        log.flush()
+        log.record({"step": step, "evaluation": score.metrics})
         self.display.say(f"{name:<9} {score} ({len(self.task.test)} held-out rows, {clock(time.monotonic() - begun)})")
         return score
 
@@ -324,7 +326,7 @@ def _open_folder(folder: Path, config: Config) -> None:
             previous = folder / PREVIOUS
             shutil.rmtree(previous, ignore_errors=True)
             previous.mkdir()
-            for name in (session.ADAPTER, session.METRICS, session.CONFIG):
+            for name in (session.ADAPTER, session.METRICS, session.CONFIG, trackers.TENSORBOARD, trackers.WANDB_ID):
                 if (folder / name).exists():
                     (folder / name).rename(previous / name)
         configs.save(config, folder / session.CONFIG)

@@ -113,6 +113,10 @@ class OutputConfig(Section):
 
     folder: str = Field(description="folder for the adapter, the resolved configuration and metrics.jsonl")
     overwrite: bool = Field(False, description="replace a run with another configuration in that folder")
+    tensorboard: bool = Field(False, description="write event files to FOLDER/tensorboard (pip install tensorboard)")
+    wandb: str | None = Field(
+        None, description="project of Weights & Biases that the numbers are sent to (pip install wandb)"
+    )
 
 
 class Config(Section):

@@ -15,12 +15,12 @@ import jpeft
 from jpeft.errors import JpeftError
 from jpeft.virtual_tokens import places_taken
 from train import config as configs
-from train import packages
+from train import packages, trackers
 from train.data import form_of
 from train.examples import Reader
 from train.schema import Config
 
-CONFIG, ADAPTER, METRICS = "config.yaml", "adapter", "metrics.jsonl"
+CONFIG, ADAPTER, METRICS = "config.yaml", "adapter", trackers.METRICS
 
 
 def keep_compiled() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jpeft
@@ -67,6 +68,21 @@ def schedule(training: TrainingConfig, steps: int, peak: float) -> optax.Schedul
     return optax.join_schedules([rise, after], [warmup])
 
 
+def peaks(training: TrainingConfig, labels: Mapping[str, str]) -> dict[str, float]:
+    """The peak learning rate of each group that `labels` names, by group."""
+    head = training.head_learning_rate or training.learning_rate
+    return {group: head if group == "head" else training.learning_rate for group in sorted(set(labels.values()))}
+
+
+def rates(training: TrainingConfig, steps: int, labels: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The learning rate of each group by step, float32 [steps], before what a method makes of it (LoRA+ scales B's)."""
+    numbers = jnp.arange(steps)
+    return {
+        group: np.broadcast_to(np.asarray(schedule(training, steps, peak)(numbers), np.float32), (steps,))
+        for group, peak in peaks(training, labels).items()
+    }
+
+
 def optimizer(training: TrainingConfig, steps: int, labels: Mapping[str, str]) -> optax.GradientTransformation:
     """AdamW over the adapter, `labels` giving the group of each of its arrays; a head has its own rate.
 
@@ -79,8 +95,7 @@ def optimizer(training: TrainingConfig, steps: int, labels: Mapping[str, str]) -
     def rule(peak: float) -> optax.GradientTransformation:
         return optax.adamw(schedule(training, steps, peak), weight_decay=training.weight_decay)
 
-    head = training.head_learning_rate or training.learning_rate
-    rules = {group: rule(head if group == "head" else training.learning_rate) for group in sorted(set(labels.values()))}
+    rules = {group: rule(peak) for group, peak in peaks(training, labels).items()}
     parts = [optax.partition(rules, dict(labels))]
     return optax.chain(*([optax.clip_by_global_norm(training.clip)] if training.clip else []), *parts)
 
