@@ -1,4 +1,4 @@
-"""The command line: `jpeft train`, `jpeft generate`, `jpeft merge`, `jpeft export`.
+"""The command line: `jpeft train`, `jpeft generate`, `jpeft merge`, `jpeft export`, `jpeft report`.
 
 JAX and everything that brings it are imported inside the commands, so that help appears at once.
 """
@@ -113,6 +113,19 @@ def export(
 
     for line in write(run, folder):
         typer.echo(line)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, be it finished or not.", metavar="RUN")],
+) -> None:
+    """Write RUN/report.html again from the files in the folder: one page with the result, curves and predictions.
+
+    Example: jpeft report runs/smollm2
+    """
+    from train.report import write_report
+
+    typer.echo(write_report(run.expanduser()))
 
 
 def main() -> None:

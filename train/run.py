@@ -18,17 +18,22 @@ import jax.numpy as jnp
 
 import jpeft
 from jpeft.errors import JpeftError
-from train import batches, session, trackers
+from train import batches, session, summary, trackers
 from train import config as configs
 from train import data as task_data
+from train import samples as held_out
 from train.data import TaskData
 from train.display import Display, Meter, clock, size
 from train.evaluate import Evaluator, Score
 from train.examples import Reader
+from train.report import REPORT, write_report
+from train.samples import Sample, shortened
 from train.schema import Config
 from train.step import make_step, optimizer, rates
 from train.trackers import Trackers
 
+# What else a run may leave beside its configuration, adapter and numbers.
+_BESIDE = (summary.SUMMARY, REPORT, trackers.TENSORBOARD, trackers.WANDB_ID)
 PREVIOUS = "previous"  # where in its folder a finished run goes when another takes its place
 
 
@@ -114,6 +119,8 @@ class Loop:
         plain = optimizer(training, self.steps, groups)
         self.rates = rates(training, self.steps, groups)
         self.transform = jpeft.optimizer(model, plain, total_steps=self.steps)
+        self.plan = jpeft.describe(model)
+        self.seconds = dict.fromkeys(("setup", "compile", "train", "evaluation", "between_steps", "input"), 0.0)
         self.targets = max(1, batches.most_targets(task.train))
         self.evaluator = Evaluator(
             (self.graphdef, self.buffers, self.frozen),
@@ -133,6 +140,9 @@ class Loop:
             f"steps     {self.steps} of {self.per_step} rows, padded to {', '.join(map(str, sorted(shapes)))} tokens: "
             f"{len(shapes)} programs to compile for training, {self.evaluator.shapes} for evaluation"
         )
+        self.seconds["setup"] = time.monotonic() - self.started
+        facts = self._facts(sorted(shapes))
+        summary.write(self.folder, {"status": "running", **facts})
         with trackers.open_trackers(self.config, self.folder) as log:
             before = self._evaluate(0, log, "before", answers=True)
             losses = self._train([window for plan in plans for window in plan][: self.steps], log)
@@ -140,7 +150,7 @@ class Loop:
         self._check_result(after)
         model = jpeft.combine(self.graphdef, self.adapter, self.buffers, self.frozen)
         jpeft.save_adapter(self.folder / session.ADAPTER, model)
-        self._report(before, after)
+        self._report(before, after, facts)
         return Result(self.folder, before, after, losses)
 
     def _plan(self, epoch: int) -> list[batches.Window]:
@@ -154,10 +164,13 @@ class Loop:
         every = self.config.evaluation.every or self.per_epoch
         losses: list[float] = []
         busy, tokens = 0.0, 0
+        seen: set[int] = set()
+        got: float | None = None  # when the last step's result came, if nothing but steps was done since
         with self.display.progress(self.steps) as meter:
             for number, window in enumerate(windows):
                 begun = time.monotonic()
                 batch = batches.arrays(self.task.train, window, self.per_step, self.targets)
+                fed = time.monotonic()
                 count = int(sum(self.lengths[row] for row in window.rows))
                 self.adapter, state, found = step(
                     self.adapter,
@@ -169,13 +182,23 @@ class Loop:
                     jnp.int32(number),
                 )
                 metrics = {name: float(value) for name, value in jax.device_get(found).items()}
+                self._count(fed - (got or begun), fed - begun, time.monotonic() - fed, new=window.length not in seen)
+                seen.add(window.length)
+                got = time.monotonic()
                 self._check_finite(metrics, number, window)
                 busy, tokens = busy + time.monotonic() - begun, tokens + count
                 losses.append(metrics["loss"])
                 self._log_step(log, meter, number + 1, metrics, busy, tokens)
                 if (number + 1) % every == 0 and number + 1 < self.steps:
                     self._evaluate(number + 1, log, f"step {number + 1}", answers=False)
+                    got = None
         return tuple(losses)
+
+    def _count(self, between: float, waited: float, step: float, *, new: bool) -> None:
+        """Adds up seconds: between two steps, of that for input, of a step, which compiles if its shape is new."""
+        self.seconds["between_steps"] += between
+        self.seconds["input"] += waited
+        self.seconds["compile" if new else "train"] += step
 
     def _log_step(
         self, log: Trackers, meter: Meter, step: int, metrics: dict[str, float], busy: float, tokens: int
@@ -209,22 +232,65 @@ class Loop:
         begun = time.monotonic()
         score = self.evaluator(self.adapter, answers=answers)
         log.record({"step": step, "evaluation": score.metrics})
+        self.seconds["evaluation"] += time.monotonic() - begun
         self.display.say(f"{name:<9} {score} ({len(self.task.test)} held-out rows, {clock(time.monotonic() - begun)})")
         return score
 
-    def _report(self, before: Score, after: Score) -> None:
-        asked = self.task.asked or self._texts()
-        columns, rows = samples(self.task, asked, before, after, self.config.evaluation.samples)
-        if rows:
-            self.display.table("Held-out rows, before and after", columns, rows)
+    def _facts(self, shapes: list[int]) -> dict[str, Any]:
+        """What is known of the run before its first step."""
+        plan = self.plan
+        return {
+            "method": _methods(self.config),
+            "rows": {"to train on": len(self.task.train_rows), "held out": len(self.task.test_rows)},
+            "steps": self.steps,
+            "shapes": shapes,
+            "parameters": {
+                "trainable": plan.trainable,
+                "trainable_bytes": plan.trainable_bytes,
+                "frozen": plan.total - plan.trainable,
+                "frozen_bytes": plan.total_bytes - plan.trainable_bytes,
+            },
+            **summary.machine(),
+        }
+
+    def _report(self, before: Score, after: Score, facts: dict[str, Any]) -> None:
+        rows = held_out.collect(self.task.asked or self._texts(), self.task.wanted, before.answers, after.answers)
+        shown = self.config.evaluation.samples
+        self._table(held_out.pick(rows, shown))
         metric = next(iter(after.metrics))
         self.display.say(
             f"result    {metric} {before.metrics[metric]:.3f} before, {after.metrics[metric]:.3f} after "
             f"({clock(time.monotonic() - self.started)} in all)"
         )
+        usage = self._usage()
+        result = {
+            "ended": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "before": before.metrics,
+            "after": after.metrics,
+            "courses": held_out.counts(rows) if rows and shown else {},
+            "samples": [held_out.entry(row) for row in held_out.pick(rows, 4 * shown)],
+            "seconds": {**self.seconds, "total": time.monotonic() - self.started},
+            "memory": summary.memory(),
+            "usage": usage,
+        }
+        try:
+            summary.write(self.folder, {"status": "finished", **facts, **result})
+            self.display.say(f"report    {write_report(self.folder)}")
+        except JpeftError as error:  # the adapter is safe, and a report can be made again
+            self.display.say(f"warning   {REPORT} was not written: {error}")
+        self.display.say(f"\n{usage}")
+
+    def _table(self, rows: Sequence[Sample]) -> None:
+        if rows:
+            columns = ["text" if self.task.labels else "prompt", "wanted", "before", "after"]
+            texts = [(row.asked, row.wanted, row.before, row.after) for row in rows]
+            self.display.table("Held-out rows, before and after", columns, [list(map(shortened, row)) for row in texts])
+
+    def _usage(self) -> str:
+        """Where the adapter is, and what to type to use it."""
         where, command = shlex.quote(str(self.folder)), _command()
-        self.display.say(
-            f"\nThe adapter is in {self.folder / session.ADAPTER}, every step in {self.folder / session.METRICS}.\n"
+        return (
+            f"The adapter is in {self.folder / session.ADAPTER}, every step in {self.folder / session.METRICS}.\n"
             f"{self._try_it(command, where)}"
             f"  merge it   {command} merge {where} {shlex.quote(str(self.folder) + '-merged')}\n"
             f"  in Python  base = {session.load_call(self.config)}\n"
@@ -255,31 +321,10 @@ class Loop:
         return " ".join(str(row[data.text]).split()[:12])
 
 
-def samples(
-    task: TaskData, asked: Sequence[str], before: Score, after: Score, count: int
-) -> tuple[list[str], list[list[str]]]:
-    """Columns and `count` rows that show the answers before and after to what was asked, in the order of the rows."""
-    if not after.answers or not before.answers or not count:
-        return [], []
-    wanted = task.wanted
-    changed = {i for i in range(len(wanted)) if before.answers[i].strip() != after.answers[i].strip()}
-    # Two in three of the rows shown changed, if there are as many; the others did not, be they right or wrong.
-    first = sorted(changed)[: math.ceil(count * 2 / 3)]
-    rest = sorted(set(range(len(wanted))) - set(first), key=lambda i: (i in changed, i))
-    chosen = sorted([*first, *rest][:count])
-    rows = [[_short(asked[i]), _short(wanted[i]), _short(before.answers[i]), _short(after.answers[i])] for i in chosen]
-    return ["text" if task.labels else "prompt", "wanted", "before", "after"], rows
-
-
 def _command() -> str:
     """How this program was called, so that what is printed can be pasted."""
     called = Path(sys.argv[0])
     return shlex.quote(sys.argv[0]) if called.name == "jpeft" else f"{shlex.quote(sys.executable)} -m train"
-
-
-def _short(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= 100 else f"{flat[:60]} ... {flat[-35:]}"
 
 
 def _methods(config: Config) -> str:
@@ -326,7 +371,7 @@ def _open_folder(folder: Path, config: Config) -> None:
             previous = folder / PREVIOUS
             shutil.rmtree(previous, ignore_errors=True)
             previous.mkdir()
-            for name in (session.ADAPTER, session.METRICS, session.CONFIG, trackers.TENSORBOARD, trackers.WANDB_ID):
+            for name in (session.ADAPTER, session.METRICS, session.CONFIG, *_BESIDE):
                 if (folder / name).exists():
                     (folder / name).rename(previous / name)
         configs.save(config, folder / session.CONFIG)

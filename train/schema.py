@@ -105,13 +105,15 @@ class EvaluationConfig(Section):
         description="prompt/completion: exact match of what is generated, or of the likeliest of all completions in "
         "the training rows (choose), or loss only (none)",
     )
-    samples: Count = Field(6, description="held-out rows shown with the answers before and after")
+    samples: Count = Field(
+        6, description="held-out rows shown with the answers before and after; report.html has 4 times as many"
+    )
 
 
 class OutputConfig(Section):
     """Where the run is written."""
 
-    folder: str = Field(description="folder for the adapter, the resolved configuration and metrics.jsonl")
+    folder: str = Field(description="folder for the adapter, the resolved configuration, metrics.jsonl and report.html")
     overwrite: bool = Field(False, description="replace a run with another configuration in that folder")
     tensorboard: bool = Field(False, description="write event files to FOLDER/tensorboard (pip install tensorboard)")
     wandb: str | None = Field(

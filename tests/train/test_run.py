@@ -74,6 +74,16 @@ def test_classification(bert: Path, rows: Path, tmp_path: Path, config_file: Cal
     log = entries(folder)
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 37))
     assert len([entry for entry in log if "evaluation" in entry]) == 7  # before, after each epoch
+    assert max(entry["learning_rate"]["head"] for entry in log if "loss" in entry) == pytest.approx(3e-2)
+    assert max(entry["learning_rate"]["lora_a"] for entry in log if "loss" in entry) == pytest.approx(1e-2)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["after"] == result.after.metrics
+    assert sum(summary["courses"].values()) == 12
+    assert summary["seconds"]["total"] > sum(summary["seconds"][part] for part in ("compile", "train", "evaluation"))
+    page = (folder / "report.html").read_text()
+    assert summary["usage"].splitlines()[0] in page
+    assert "<polyline" in page
 
     saved = configs.load(folder / session.CONFIG)
     assert saved.data.labels == sorted(COLOURS)
@@ -251,6 +261,7 @@ def test_commands(bert: Path, rows: Path, tmp_path: Path, config_file: Callable[
         "step 3/3",
         "tokens/s",
         "left",
+        f"report    {tmp_path / 'run' / 'report.html'}",
         "-m train generate",
         "wanted",
     ):
@@ -271,7 +282,7 @@ def test_faults_on_the_command_line_are_one_message() -> None:
     assert "Traceback" not in made.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["merge"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["merge"], ["export"], ["report"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     script = (
         "import sys; sys.argv = ['jpeft', *sys.argv[1:]]\n"
