@@ -1,10 +1,14 @@
 """Eight CPU devices for every test, and quick compilation; both must be set before JAX starts its backend.
 
 With JPEFT_PARITY=required (as in .ci/run) the torch peers must be installed, and a skipped test fails the run.
+
+Tests marked `browser` need Chromium, which pip cannot bring. Where there is none they are not among the tests at all,
+and the summary says so; JPEFT_CHROMIUM names the program where it is not found by itself.
 """
 
 import gc
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,24 @@ _MAPS, _MOST_MAPS = Path("/proc/self/maps"), 20_000
 _tests = 0
 
 REQUIRED = os.environ.get("JPEFT_PARITY") == "required"
+CHROMIUM = os.environ.get("JPEFT_CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+_no_browser = 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    global _no_browser  # noqa: PLW0603
+    unseen = [] if CHROMIUM else [item for item in items if item.get_closest_marker("browser")]
+    if unseen:
+        items[:] = [item for item in items if item not in unseen]
+        config.hook.pytest_deselected(items=unseen)
+        _no_browser = len(unseen)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _no_browser:
+        terminalreporter.write_line(f"no Chromium: {_no_browser} tests of pages in a browser were left out")
 
 
 def pytest_sessionstart() -> None:

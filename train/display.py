@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _EVERY = 10.0  # seconds between plain lines
+_HARMLESS = "\u00ad\u200c\u200d\u200e\u200f"  # soft hyphen, joiners and direction marks, which texts are written with
+_NARROW = 72  # columns below which there is no room for a bar or for columns side by side
 
 
 class Display:
@@ -26,17 +29,33 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(visible(text)), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Rows under headings; long cells fold, so that it survives a narrow terminal."""
+        """Rows under headings, long cells folded; in a narrow terminal, the cells of a row one below the other."""
+        if self.console.width < _NARROW:
+            self._records(title, columns, rows)
+            return
         made = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
         for column in columns:
             made.add_column(column, overflow="fold")
         for row in rows:
-            made.add_row(*(Text(cell) for cell in row))
+            made.add_row(*(Text(visible(cell)) for cell in row))
         self.console.print()
         self.console.print(made)
+        self.console.print()
+
+    def _records(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self.console.print()
+        self.console.print(Text(title, style="bold"))
+        for row in rows:
+            made = Table.grid(padding=(0, 1))
+            made.add_column(style="dim", no_wrap=True)
+            made.add_column(overflow="fold")
+            for column, cell in zip(columns, row, strict=True):
+                made.add_row(column, Text(visible(cell)))
+            self.console.print()
+            self.console.print(made)
         self.console.print()
 
     @contextmanager
@@ -45,9 +64,28 @@ class Display:
         if self.plain:
             yield Meter(self, steps, None)
             return
-        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with _Bar(self.console) as bar:
             yield Meter(self, steps, bar)
+
+
+class _Bar(Progress):
+    """One line whatever the width, which may change while a run goes on: without room, no bar and no speed."""
+
+    _WIDE = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
+    _TIGHT = (
+        TextColumn(
+            "{task.completed}/{task.total} {task.fields[short]}",
+            table_column=Column(no_wrap=True, overflow="ellipsis"),
+        ),
+    )
+
+    def __init__(self, console: Console):
+        self._screen = console  # the display is drawn once before Progress has its own
+        super().__init__(console=console, transient=True)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        self.columns = self._TIGHT if self._screen.width < _NARROW else self._WIDE
+        return super().get_renderables()
 
 
 class Meter:
@@ -55,16 +93,17 @@ class Meter:
 
     def __init__(self, display: Display, steps: int, bar: Progress | None):
         self._display, self._steps, self._bar = display, steps, bar
-        self._task = None if bar is None else bar.add_task("steps", total=steps, line="compiling")
+        self._task = None if bar is None else bar.add_task("steps", total=steps, line="compiling", short="compiling")
         self._said = 0.0
         self._smooth: float | None = None
 
     def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
         """After step number `step`, counted from 1."""
         self._smooth = loss if self._smooth is None else 0.8 * self._smooth + 0.2 * loss
-        line = f"loss {self._smooth:.4f}  {tokens_per_second:,.0f} tokens/s  {clock(seconds_left)} left"
+        lost, left = f"loss {self._smooth:.4f}", f"{clock(seconds_left)} left"
+        line = f"{lost}  {tokens_per_second:,.0f} tokens/s  {left}"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, line=line)
+            self._bar.update(self._task, completed=step, line=line, short=f"{lost} {left}")
         elif step == self._steps or time.monotonic() - self._said > _EVERY:
             self._said = time.monotonic()
             self._display.say(f"step {step}/{self._steps}  {line}")
@@ -84,3 +123,14 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def visible(text: str) -> str:
+    """`text` with an escape for every character that would act on a terminal or a page instead of being seen there."""
+    return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(letter: str) -> str:
+    if letter in "\n\t" or letter in _HARMLESS or unicodedata.category(letter) not in ("Cc", "Cf", "Cs"):
+        return letter
+    return repr(letter).strip("'")

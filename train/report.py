@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from markupsafe import Markup
 from jpeft.errors import JpeftError
 from train import trackers
 from train.curves import Series, chart, number, smoothed
-from train.display import clock, size
+from train.display import clock, size, visible
 from train.summary import SUMMARY
 
 CONFIG, REPORT = "config.yaml", "report.html"
 _LOWER_IS_BETTER = ("loss", "perplexity", "error")
-_HARMLESS = "\u00ad\u200c\u200d\u200e\u200f"  # soft hyphen, joiners and direction marks, which texts are written with
 
 
 def write_report(folder: Path) -> Path:
@@ -51,23 +49,14 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=visible,
+        finalize=_finalized,
         trim_blocks=True,
         lstrip_blocks=True,
     )
 
 
-def visible(value: Any) -> Any:
-    """Text with an escape for every character that HTML does not allow or that would change how its neighbours read."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return value if value.isascii() and value.isprintable() else "".join(map(_shown, value))
-
-
-def _shown(letter: str) -> str:
-    if letter in "\n\t" or letter in _HARMLESS or unicodedata.category(letter) not in ("Cc", "Cf", "Cs"):
-        return letter
-    return repr(letter).strip("'")
+def _finalized(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _page(folder: Path) -> dict[str, Any]:
@@ -286,7 +275,8 @@ def _samples(summary: Mapping[str, Any]) -> dict[str, Any]:
     counts = {name: int(value) for name, value in _numbers(summary.get("courses")).items() if math.isfinite(value)}
     total = sum(counts.values())
     bars = [{"name": name, "count": f"{n:,}", "share": f"{100 * n / total:.2f}"} for name, n in counts.items() if n > 0]
-    return {"rows": rows, "bars": bars}
+    courses = dict.fromkeys(row["course"] for row in rows)
+    return {"groups": [(one, [row for row in rows if row["course"] == one]) for one in courses], "bars": bars}
 
 
 def _facts(
@@ -360,7 +350,7 @@ def _overheads(seconds: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _clock(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds < 10 else clock(seconds)
+    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
 
 
 def _memory(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

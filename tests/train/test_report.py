@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jpeft import JpeftError
+from tests.conftest import CHROMIUM
 from train import trackers
 from train.cli import app
 from train.curves import Series, chart, decades, number, smoothed, ticks
@@ -29,12 +32,12 @@ HOSTILE = (
 class Page(HTMLParser):
     """Reads a page strictly: every element is closed in order. Keeps the elements and the text."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, source: str | None = None):
         super().__init__()
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self.source = path.read_text(encoding="utf-8")
+        self.source = path.read_text(encoding="utf-8") if source is None else source
         self.feed(self.source)
         self.close()
         assert not self.open
@@ -228,6 +231,71 @@ def test_a_summary_that_says_little_or_nonsense(tmp_path: Path, summary: Any) ->
     page = write(tmp_path, [step(1)], summary, "model: [1\n")
     assert "Training loss" in page.charts()
     assert "model: [1" in page.text
+
+
+# What a page says of itself when it is laid out; the page as it is runs nothing.
+PROBE = """<script>
+const root = document.documentElement, inside = (e) => e.getBoundingClientRect().right <= root.clientWidth + 0.5;
+root.dataset.wide = root.scrollWidth > root.clientWidth;
+root.dataset.outside = [...document.querySelectorAll("main *:not(svg *)")].filter((e) => !inside(e)).length;
+root.dataset.width = root.clientWidth;
+root.dataset.back = getComputedStyle(document.body).backgroundColor;
+root.dataset.ink = getComputedStyle(document.body).color;
+root.dataset.columns = getComputedStyle(document.querySelector(".pair")).gridTemplateColumns.split(" ").length;
+root.dataset.flat = [...document.querySelectorAll("svg")].filter((e) => e.getBBox().height < 150).length;
+const seen = (e) => getComputedStyle(e).visibility != "hidden";
+root.dataset.tips = [...document.querySelectorAll(".tip")].filter(seen).length;
+</script></body>"""
+
+
+def browse(page: Path, *options: str) -> tuple[str, str]:
+    """(the page's elements after Chromium has opened it, what it wrote to its console)."""
+    home = f"--user-data-dir={page.parent / 'chromium'}"
+    fixed = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", home)
+    command = [str(CHROMIUM), *fixed, "--enable-logging=stderr", "--dump-dom", *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=120)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+@pytest.mark.browser
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    hostile = {**SAMPLES[0].__dict__, "asked": HOSTILE, "after": HOSTILE, "course": "learnt"}
+    summary = {**FINISHED, "samples": [*FINISHED["samples"], hostile], "usage": "x" * 999}
+    records = [score(0, 0.25), *(step(n) for n in range(1, 31)), score(30, 0.875)]
+    page = write(tmp_path, records, summary, CONFIGURATION)
+    shown, console = browse(tmp_path / "report.html")
+    # Nothing was refused by the page's own policy, nothing ran, and the browser repaired nothing.
+    assert console == ""
+    kept = Page(tmp_path / "report.html", shown)
+    names = [tag for tag, _ in kept.elements]
+    assert "script" not in names
+    assert names == [tag for tag, _ in page.elements]
+    assert " ".join(kept.text.split()) == " ".join(page.text.split())
+
+    policy = re.search(r"<meta http-equiv=.*>\n", page.source)
+    assert policy
+    probe = tmp_path / "probe.html"
+    probe.write_text(page.source.replace(policy[0], "").replace("</body>", PROBE), encoding="utf-8")
+    found = {}
+    for name, options in {
+        "wide": ("--window-size=1280,900",),
+        "narrow": ("--window-size=360,700", "--blink-settings=preferredColorScheme=0"),
+    }.items():
+        root = re.search("<html[^>]*>", browse(probe, *options)[0])
+        assert root
+        found[name] = dict(re.findall(r'data-(\w+)="([^"]*)"', root[0]))
+        assert (found[name]["wide"], found[name]["outside"], found[name]["flat"], found[name]["tips"]) == (
+            "false",
+            "0",
+            "0",
+            "0",
+        )
+    assert int(found["narrow"]["width"]) <= 500
+    assert (found["wide"]["columns"], found["narrow"]["columns"]) == ("2", "1")
+    # Dark ink on light, light ink on dark.
+    light, dark = ([sum(map(int, re.findall(r"\d+", found[n][key]))) for key in ("ink", "back")] for n in found)
+    assert light[0] + 450 < light[1]
+    assert dark[1] + 450 < dark[0]
 
 
 def test_the_command_writes_the_page_again(tmp_path: Path) -> None:

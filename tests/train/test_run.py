@@ -20,7 +20,7 @@ from jpeft import JpeftError
 from train import config as configs
 from train import session, use
 from train.cli import app
-from train.display import Display, Meter, clock, size
+from train.display import Display
 from train.run import train
 
 COLOURS = ("red", "green", "blue")
@@ -298,27 +298,6 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert "Example: jpeft" in made.stdout or "Start with: jpeft train" in made.stdout
     if command == ["train"]:
         assert "training.learning_rate" in made.stdout
-
-
-def test_progress_lines() -> None:
-    console = Console(record=True, width=60, force_terminal=False)
-    display = Display(console)
-    with display.progress(3) as meter:
-        assert isinstance(meter, Meter)
-        for step in (1, 2, 3):
-            meter.update(step, 2.0, 1234.5, 75.0)
-    lines = console.export_text().splitlines()
-    assert lines[0] == "step 1/3  loss 2.0000  1,234 tokens/s  1:15 left"
-    assert lines[-1].startswith("step 3/3")
-    assert clock(3723) == "1:02:03"
-    assert (size(10), size(3 * 1024), size(5 << 30)) == ("10 B", "3.0 KiB", "5.00 GiB")
-
-
-def test_progress_in_a_terminal() -> None:
-    console = Console(record=True, width=40, force_terminal=True)
-    with Display(console).progress(2) as meter:
-        meter.update(1, 2.0, 10.0, 1.0)
-        meter.update(2, 2.0, 10.0, 0.0)
 
 
 def test_a_run_that_takes_the_place_of_another_is_never_mixed_with_it(
