@@ -6,12 +6,13 @@ tracker, so all of them show the same numbers.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -35,13 +36,25 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All trackers of a run as one. A context manager, which closes them."""
+    """All trackers of a run as one. A context manager, which closes them.
 
-    def __init__(self, trackers: Sequence[Tracker]):
-        self._trackers = trackers
+    had: records that all of them have; one like them (of the same step and kind) is not recorded a second time.
+    """
+
+    def __init__(self, had: Iterable[Record] = ()):
+        self._had = {_kind(entry) for entry in had}
+        self._trackers: list[Tracker] = []
+        self._open = contextlib.ExitStack()
+
+    def add(self, tracker: Tracker) -> None:
+        """One more, closed with the others."""
+        self._trackers.append(tracker)
+        self._open.callback(tracker.close)
 
     def record(self, entry: Record) -> None:
         """Gives `entry` to each tracker."""
+        if _kind(entry) in self._had:
+            return
         for tracker in self._trackers:
             tracker.record(entry)
 
@@ -51,15 +64,24 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        self._open.close()
+
+
+def _kind(entry: Record) -> tuple[int, bool]:
+    return entry["step"], "evaluation" in entry
 
 
 def check(output: OutputConfig) -> None:
     """Raises JpeftError if a tracker that is asked for is not installed; imports none of them."""
     wanted = {"tensorboard": output.tensorboard, "wandb": output.wandb is not None}
-    for name in (name for name, asked in wanted.items() if asked and importlib.util.find_spec(name) is None):
+    for name in (name for name, asked in wanted.items() if asked and not _installed(name)):
         raise JpeftError(f"output.{name}: the package {name} is not installed; pip install {name}")
+
+
+def _installed(name: str) -> bool:
+    # A folder of that name in the working directory, as both leave, looks like a package without an origin.
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
 
 
 def open_trackers(config: Config, folder: Path, *, after: int = 0) -> Trackers:
@@ -70,14 +92,18 @@ def open_trackers(config: Config, folder: Path, *, after: int = 0) -> Trackers:
     """
     check(config.output)
     lines = JsonLines(folder / METRICS, after)
-    trackers: list[Tracker] = [lines]
-    if config.output.tensorboard:
-        trackers.append(TensorBoard(folder / TENSORBOARD, lines.kept))
-    else:
-        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-    if config.output.wandb is not None:
-        trackers.append(WandB(config, folder, resumed=after > 0))
-    return Trackers(trackers)
+    made = Trackers(lines.kept)
+    with contextlib.ExitStack() as failed:
+        failed.push(made)
+        made.add(lines)
+        if config.output.tensorboard:
+            made.add(TensorBoard(folder / TENSORBOARD, lines.kept))
+        else:
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+        if config.output.wandb is not None:
+            made.add(WandB(config, folder, resumed=after > 0))
+        failed.pop_all()
+    return made
 
 
 class JsonLines:
@@ -195,14 +221,19 @@ class WandB:
         path = folder / WANDB_ID
         if not (resumed and path.exists()):
             path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-        self._run = wandb.init(
-            project=config.output.wandb,
-            id=path.read_text(encoding="utf-8").strip(),
-            name=folder.name,
-            dir=str(folder),
-            config=config.model_dump(mode="json"),
-            resume="allow",
-        )
+        try:
+            self._run = wandb.init(
+                project=config.output.wandb,
+                id=path.read_text(encoding="utf-8").strip(),
+                name=folder.name,
+                dir=str(folder),
+                config=config.model_dump(mode="json"),
+                resume="allow",
+            )
+        except Exception as error:  # its own kinds of error differ by version
+            raise JpeftError(
+                f"output.wandb: Weights & Biases did not begin the run: {error} (wandb login, or WANDB_MODE=offline)"
+            ) from error
 
     def record(self, entry: Record) -> None:
         self._run.log(dict(scalars(entry)), step=entry["step"])

@@ -253,7 +253,8 @@ def test_unfinished_and_missing_runs(tmp_path: Path, rows: Path, bert: Path, con
 def test_commands(bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]) -> None:
     runner = CliRunner()
     path = config_file(classifier(bert, rows, tmp_path / "run"))
-    made = runner.invoke(app, ["train", str(path), "training.max_steps=3", "method.rank=2"], catch_exceptions=False)
+    overrides = ["training.max_steps=3", "method.rank=2", "output.tensorboard=true"]
+    made = runner.invoke(app, ["train", str(path), *overrides], catch_exceptions=False)
     assert made.exit_code == 0
     for part in (
         "before    accuracy",
@@ -266,6 +267,7 @@ def test_commands(bert: Path, rows: Path, tmp_path: Path, config_file: Callable[
         "wanted",
     ):
         assert part in made.output
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
     said = runner.invoke(app, ["generate", str(tmp_path / "run"), "--prompt", "the red is"], catch_exceptions=False)
     assert said.output.split()[0] in COLOURS
     merged = runner.invoke(app, ["merge", str(tmp_path / "run"), str(tmp_path / "merged")], catch_exceptions=False)

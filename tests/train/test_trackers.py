@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def test_a_run_that_goes_on_has_every_step_once_in_every_tracker(tmp_path: Path)
         file.write('{"step": 4, "lo')
     assert trackers.read(tmp_path / trackers.METRICS)[1] == [6]
     with trackers.open_trackers(given, tmp_path, after=2) as log:
+        log.record(score(2))  # scored again after the checkpoint: it is there already
         log.record(step(3))
         log.record(step(4))
         log.record(score(4))
@@ -96,7 +98,7 @@ def test_weights_and_biases_goes_on_under_the_same_id(tmp_path: Path, monkeypatc
     )
     module = types.ModuleType("wandb")
     module.__dict__["init"] = lambda **settings: begun.append(settings) or run
-    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    module.__spec__ = ModuleSpec("wandb", None, origin="wandb")
     monkeypatch.setitem(sys.modules, "wandb", module)
     for after in (0, 2, 0):
         with trackers.open_trackers(config(wandb="colours"), tmp_path, after=after) as log:
@@ -107,12 +109,20 @@ def test_weights_and_biases_goes_on_under_the_same_id(tmp_path: Path, monkeypatc
     assert begun[0]["project"] == "colours"
     assert begun[0]["config"]["model"]["source"] == "./model"
 
+    def refused(**settings: Any) -> None:
+        raise RuntimeError("no API key")
 
+    module.__dict__["init"] = refused
+    with pytest.raises(JpeftError, match=r"output\.wandb: .*no API key.*wandb login"):
+        trackers.open_trackers(config(wandb="colours"), tmp_path)
+
+
+@pytest.mark.parametrize("spec", [None, ModuleSpec("a folder of that name", None, is_package=True)])
 @pytest.mark.parametrize(("name", "value"), [("tensorboard", True), ("wandb", "colours")])
 def test_a_tracker_that_is_not_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: bool | str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: bool | str, spec: ModuleSpec | None
 ) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda wanted: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda wanted: spec)
     with pytest.raises(JpeftError, match=rf"output\.{name}: .*pip install {name}"):
         trackers.open_trackers(config(**{name: value}), tmp_path)
     assert not list(tmp_path.iterdir())
