@@ -135,10 +135,10 @@ def chart(title: str, series: Sequence[Series]) -> Markup:
 
 
 def _widened(low: float, high: float, share: float = 0.0) -> tuple[float, float]:
-    """The range with some air; one of a single value gets a width."""
-    if low == high:
-        air = abs(low) * 0.5 or 1.0
-        return low - air, high + air
+    """The range with some air; one of hardly more than a value gets a width, so that its ticks can be told apart."""
+    if high / 2 - low / 2 <= 1e-5 * max(abs(low), abs(high)):
+        air = abs(low / 2) or 1.0
+        return (0.0 if low >= 0 else low - air), high + air
     air = (high / 2 - low / 2) * 2 * share
     wide = (0.0 if 0 <= low <= air else low - air), high + air
     return wide if all(map(math.isfinite, wide)) else (low, high)

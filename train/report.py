@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from train.display import clock, size, visible
 from train.summary import SUMMARY
 
 CONFIG, REPORT = "config.yaml", "report.html"
-_LOWER_IS_BETTER = ("loss", "perplexity", "error")
+_LOWER_IS_BETTER = {"loss", "perplexity", "error", "mse", "rmse", "mae", "wer", "cer"}
 
 
 def write_report(folder: Path) -> Path:
@@ -180,7 +181,7 @@ def _change(name: str, before: float | None, after: float | None) -> dict[str, s
         row["after"] = number(after)
     if before is None or after is None or not math.isfinite(before - after):
         return row
-    lower = any(word in name.lower() for word in _LOWER_IS_BETTER)
+    lower = not _LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", name.lower()))
     if number(before) == number(after):
         return {**row, "change": "unchanged", "sign": "="}
     better = (after < before) == lower

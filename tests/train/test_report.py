@@ -354,6 +354,20 @@ def test_axes() -> None:
     assert math.isnan(smoothed([math.nan], 5)[0])
 
 
+@pytest.mark.parametrize(
+    "values", [[4500.0, 4500.0 * (1 + 1e-12)], [0.0], [-3.0, -3.0], [1e308, -1e308], [1e-300, 5e-324], [99.9, 100.1]]
+)
+def test_ticks_can_be_told_apart(values: list[float]) -> None:
+    svg = ElementTree.fromstring(chart("loss", [Series("loss", range(7, 7 + len(values)), values)]))
+    texts = [(entry.get("text-anchor"), entry.text) for entry in svg.findall("g[@class='axes']/text")]
+    for anchor in ("end", "middle"):
+        labels = [text for where, text in texts if where == anchor]
+        assert len(set(labels)) == len(labels) >= 2
+    for dot in svg.findall("circle"):
+        assert 0 <= float(dot.get("cx", "")) <= 480
+        assert 0 <= float(dot.get("cy", "")) <= 264
+
+
 def test_a_long_curve_keeps_its_extremes_and_stays_small() -> None:
     values = [1.0] * 100_000
     values[77_777], values[12_345] = 2.0, math.nan
