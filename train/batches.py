@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from train.examples import Example
+
+if TYPE_CHECKING:
+    from train.tasks.task import Task
 
 IGNORED = -100  # the label of tokens that are not learnt
 
@@ -29,10 +33,11 @@ def edges(lengths: Sequence[int], most: int = 3) -> tuple[int, ...]:
     ordered = np.sort(np.asarray(lengths))
     shares = (0.5, 0.9, 1.0)[-most:]
     chosen = [int(ordered[min(len(ordered) - 1, int(share * len(ordered)))]) for share in shares]
-    return tuple(sorted({_rounded(length) for length in chosen}))
+    return tuple(sorted({rounded(length) for length in chosen}))
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
+    """The next length that is worth a program of its own."""
     step = 8 if length <= 128 else 32 if length <= 512 else 128
     return -(-length // step) * step
 
@@ -67,40 +72,50 @@ def in_order(lengths: Sequence[int], buckets: Sequence[int], size: int) -> list[
     return windows
 
 
-def most_targets(examples: Sequence[Example]) -> int:
-    """The largest number of learnt tokens in a row, rounded up: the width of `positions` in `arrays`."""
-    return _rounded(max(int(example.targets.sum()) for example in examples))
+def arrays(examples: Sequence[Example], window: Window, rows: int) -> dict[str, np.ndarray]:
+    """What a model reads of `rows` rows: a window with fewer is filled up with copies of its first row.
 
-
-def arrays(examples: Sequence[Example], window: Window, rows: int, targets: int) -> dict[str, np.ndarray]:
-    """A batch of `rows` rows: a window with fewer is filled up with copies of its first row that weigh nothing.
-
-    input_ids, attention_mask: [B, T] int32; token_type_ids likewise if the examples have types. positions: [B, K]
-    int32, where a learnt token is predicted, and labels: [B, K] int32, that token, or `IGNORED`; K is `targets`, or
-    T - 1 if that is less. Logits are then computed for what is learnt only. classes: [B] int32, `IGNORED` for rows that
-    weigh nothing.
+    input_ids, attention_mask: [B, T] int32; token_type_ids likewise if the examples have types.
     """
     chosen = [examples[row] for row in window.rows]
     chosen += [chosen[0]] * (rows - len(chosen))
-    shape, width = (rows, window.length), min(targets, window.length - 1)
+    shape = (rows, window.length)
     made: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in ("input_ids", "attention_mask")}
     if chosen[0].types is not None:
         made["token_type_ids"] = np.zeros(shape, np.int32)
-    made["positions"] = np.zeros((rows, width), np.int32)
-    made["labels"] = np.full((rows, width), IGNORED, np.int32)
-    made["classes"] = np.full(rows, IGNORED, np.int32)
     for at, example in enumerate(chosen):
         size = len(example)
         made["input_ids"][at, :size] = example.ids
         made["attention_mask"][at, :size] = 1
         if example.types is not None:
             made["token_type_ids"][at, :size] = example.types
-        if at < len(window.rows):
-            learnt = np.flatnonzero(example.targets)
-            made["positions"][at, : len(learnt)] = learnt - 1
-            made["labels"][at, : len(learnt)] = example.ids[learnt]
-            made["classes"][at] = example.label if example.label >= 0 else IGNORED
     return made
+
+
+class Batches:
+    """Makes the arrays of a set's batches: what the model reads, and what `task` is to learn of it.
+
+    Rows that fill up a batch weigh nothing and have nothing to learn: in targets they are zeros, labels `IGNORED`.
+    """
+
+    def __init__(self, task: Task | type[Task], examples: Sequence[Example]):
+        self._task, self._examples = task, examples
+        self._width = task.width(examples)
+
+    def __call__(self, window: Window, rows: int) -> dict[str, np.ndarray]:
+        """A batch of `rows` rows, of which the window's come first; arrays [B, ...]."""
+        chosen = [self._examples[row] for row in window.rows]
+        made = self._task.targets(chosen, window.length, self._width)
+        empty = rows - len(chosen)
+        filled = {
+            name: np.pad(
+                array,
+                [(0, empty)] + [(0, 0)] * (array.ndim - 1),
+                constant_values=IGNORED if name == "labels" and array.dtype == np.int32 else 0,
+            )
+            for name, array in made.items()
+        }
+        return {**arrays(self._examples, window, rows), **filled}
 
 
 def split(batch: dict[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -286,25 +286,8 @@ def _together(config: Config, children: Mapping[str, Node]) -> Faults:
         at = node[key].where if isinstance(node, dict) and key in node else where
         faults.append(Fault(at, f"data.{key}", message))
 
-    forms = [name for name in ("label", "completion", "messages") if getattr(data, name) is not None]
-    if len(forms) > 1:
-        fault(forms[1], f"{' and '.join(forms)} are given; a run has one of label, completion, messages")
-    if data.completion is not None and data.prompt is None:
-        fault("completion", "needs data.prompt beside it")
-    if data.prompt is not None and data.completion is None:
-        fault("prompt", "needs data.completion beside it")
-    if (data.label is not None or not forms) and data.text is None:
-        fault("text", "required: the column with the text (or give prompt and completion, or messages)")
-    if forms and forms[0] != "label" and data.text is not None:
-        fault("text", f"does not go with {forms[0]}")
-    for name in ("text_pair", "labels"):
-        if getattr(data, name) is not None and data.label is None:
-            fault(name, "is for classification, which needs data.label")
-    task = config.model.task
-    if task == "sequence-classification" and data.label is None:
-        fault("label", "required for model.task sequence-classification")
-    if task == "causal-lm" and data.label is not None:
-        fault("label", "is for sequence-classification; model.task is causal-lm")
+    for key, message in _task_faults(config):
+        fault(key, message)
     if config.model.pooling is not None and data.label is None:
         fault("label", "required: model.pooling is for classification")
     if sum(value is not None for value in (data.test_source, data.test_split)) and data.test_size is not None:
@@ -312,3 +295,33 @@ def _together(config: Config, children: Mapping[str, Node]) -> Faults:
     if data.test_size is not None and data.test_size >= 1 and not float(data.test_size).is_integer():
         fault("test_size", f"{data.test_size} is neither a number of rows nor a fraction below 1")
     return faults
+
+
+def _task_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """(key of `data:`, what is wrong) where keys do not describe one task, or the model's head is not for it."""
+    from train.tasks import MARKS, TASKS, possible
+
+    data, head = config.data, config.model.task
+    given = {key for key in type(data).model_fields if getattr(data, key) is not None}
+    marks = [mark for mark in MARKS if mark in given and mark != "text"] or ["text"]
+    kinds = possible(data) or [TASKS["text"]]
+    others = ", ".join(mark for mark in MARKS if mark != "text")
+    if len(marks) > 1:
+        yield marks[1], f"{' and '.join(marks)} are given; a run has one of {others}"
+    for key in kinds[0].required:
+        if key not in given:
+            yield (
+                key,
+                f"required beside data.{marks[0]}"
+                if key != marks[0]
+                else (f"required: the column with the text (or give {others})"),
+            )
+    uses = {key for kind in kinds for key in kind.data_keys()}
+    for key in dict.fromkeys(key for kind in TASKS.values() for key in kind.data_keys()):
+        if key in given and key not in uses and key not in marks:
+            users = [kind for kind in TASKS.values() if key in kind.data_keys()]
+            needed = " or ".join(dict.fromkeys(f"data.{kind.required[0]}" for kind in users))
+            yield key, f"does not go with {marks[0]}" if key == "text" else f"needs {needed} beside it"
+    heads = list(dict.fromkeys(kind.head for kind in kinds))
+    if head is not None and head not in heads:
+        yield marks[0], f"is for {' or '.join(heads)}; model.task is {head}"

@@ -25,14 +25,14 @@ from jpeft.errors import JpeftError
 class Example:
     """A row as the model sees it.
 
-    ids: [T]. targets: [T] bool, the tokens that a language model learns to predict. label: the class, or -1.
-    types: [T] token types of a sentence pair, or None. row: which row of the data.
+    ids: [T]. targets: [T] bool, the tokens that a language model learns to predict. row: which row of the data.
+    label: what other tasks are to find, in a form of their own. types: [T] token types of a sentence pair, or None.
     """
 
     ids: np.ndarray
     targets: np.ndarray
     row: int
-    label: int = -1
+    label: Any = None
     types: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -155,8 +155,8 @@ class Reader:
             return []
         return [Example(np.asarray(ids, np.int32), targets, row)]
 
-    def classification(self, text: str, pair: str | None, label: int, row: int) -> list[Example]:
-        """A text or pair with a class."""
+    def classification(self, text: str, pair: str | None, label: Any, row: int) -> list[Example]:
+        """A text or pair with its label."""
         made = self.tokenizer(
             text, pair, truncation="longest_first", max_length=self.max_length, return_token_type_ids=self.types
         )

@@ -30,6 +30,7 @@ from train.report import REPORT, write_report
 from train.samples import Sample, shortened
 from train.schema import Config
 from train.step import make_step, optimizer, rates
+from train.tasks import task_of
 from train.trackers import Trackers
 
 # What else a run may leave beside its configuration, adapter and numbers.
@@ -60,13 +61,8 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     trackers.check(config.output)
     folder = Path(config.output.folder)
     _check_place(folder)
-    train_rows, test_rows = task_data.read_rows(config.data)
-    labels = task_data.labels_of(config.data, train_rows)
-    for rows in (train_rows, test_rows):
-        task_data.check_rows(config.data, rows, labels)
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"labels": list(labels)})} if labels else {}
-    )
+    data, train_rows, test_rows = task_data.read(config.data, config.model.task)
+    config = config.model_copy(update={"data": data})
     _check_folder(folder, config)
     session.keep_compiled()
 
@@ -83,7 +79,7 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     )
     limit = min(config.data.max_length, session.context(model) or config.data.max_length)
     types = session.takes_types(model)
-    task = task_data.prepare(config.data, train_rows, test_rows, labels, tokenizer, limit, types=types)
+    task = task_data.prepare(task_of(data, config.model.task), train_rows, test_rows, tokenizer, limit, types=types)
     for name, counts in task.counts.items():
         for what, count in counts.items():
             display.say(f"warning   {name}: {count} {what}")
@@ -121,7 +117,7 @@ class Loop:
         self.transform = jpeft.optimizer(model, plain, total_steps=self.steps)
         self.plan = jpeft.describe(model)
         self.seconds = dict.fromkeys(("setup", "compile", "train", "evaluation", "between_steps", "input"), 0.0)
-        self.targets = max(1, batches.most_targets(task.train))
+        self.feed = batches.Batches(task.kind, task.train)
         self.evaluator = Evaluator(
             (self.graphdef, self.buffers, self.frozen),
             task,
@@ -158,7 +154,7 @@ class Loop:
 
     def _train(self, windows: Sequence[batches.Window], log: Trackers) -> tuple[float, ...]:
         training = self.config.training
-        step = make_step(self.graphdef, self.task.form, self.transform)
+        step = make_step(self.graphdef, self.task.kind, self.transform)
         state = self.transform.init(self.adapter)
         key = jax.random.fold_in(jax.random.key(training.seed), 1)
         every = self.config.evaluation.every or self.per_epoch
@@ -169,7 +165,7 @@ class Loop:
         with self.display.progress(self.steps) as meter:
             for number, window in enumerate(windows):
                 begun = time.monotonic()
-                batch = batches.arrays(self.task.train, window, self.per_step, self.targets)
+                batch = self.feed(window, self.per_step)
                 fed = time.monotonic()
                 count = int(sum(self.lengths[row] for row in window.rows))
                 self.adapter, state, found = step(
@@ -254,7 +250,7 @@ class Loop:
         }
 
     def _report(self, before: Score, after: Score, facts: dict[str, Any]) -> None:
-        rows = held_out.collect(self.task.asked or self._texts(), self.task.wanted, before.answers, after.answers)
+        rows = self._samples(before, after)
         shown = self.config.evaluation.samples
         self._table(held_out.pick(rows, shown))
         metric = next(iter(after.metrics))
@@ -280,9 +276,17 @@ class Loop:
             self.display.say(f"warning   {REPORT} was not written: {error}")
         self.display.say(f"\n{usage}")
 
+    def _samples(self, before: Score, after: Score) -> list[Sample]:
+        """Every held-out row with its answers before and after, if there were any."""
+        if not (before.answers and after.answers):
+            return []
+        task = self.task
+        wanted = task.shown(task.right)
+        return held_out.collect(task.asked, wanted, before.answers, after.answers, task.kind.agree)
+
     def _table(self, rows: Sequence[Sample]) -> None:
         if rows:
-            columns = ["text" if self.task.labels else "prompt", "wanted", "before", "after"]
+            columns = [self.task.kind.asked_as, "wanted", "before", "after"]
             texts = [(row.asked, row.wanted, row.before, row.after) for row in rows]
             self.display.table("Held-out rows, before and after", columns, [list(map(shortened, row)) for row in texts])
 
@@ -299,26 +303,10 @@ class Loop:
 
     def _try_it(self, command: str, where: str) -> str:
         """The line that asks the run something, if one prompt is all it needs."""
-        data, example = self.config.data, self._example()
-        if data.text_pair is not None or not example.strip():
+        example, whole = self.task.kind.example_prompt(self.task.test_rows.dataset[0]) or ("", False)
+        if not example.strip():
             return ""
-        several = data.prompt is not None and len(task_data.Template(data.prompt, "prompt").columns) > 1
-        raw = " --raw" if several else ""
-        return f"  try it     {command} generate {where}{raw} --prompt {shlex.quote(example)}\n"
-
-    def _texts(self) -> list[str]:
-        """The text of each held-out example of a classification."""
-        column, dataset = self.config.data.text, self.task.test_rows.dataset
-        return [str(dataset[example.row][column]) for example in self.task.test] if self.task.labels else []
-
-    def _example(self) -> str:
-        data, row = self.config.data, self.task.test_rows.dataset[0]
-        if data.messages is not None:
-            return next((m["content"] for m in row[data.messages] if m["role"] == "user"), "Hello")
-        if data.prompt is not None:
-            columns = task_data.Template(data.prompt, "prompt").columns
-            return str(row[columns[0]]) if len(columns) == 1 else self.task.prompts[0]
-        return " ".join(str(row[data.text]).split()[:12])
+        return f"  try it     {command} generate {where}{' --raw' * whole} --prompt {shlex.quote(example)}\n"
 
 
 def _command() -> str:

@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, zip_longest
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One held-out row and the answers to it."""
+    """One held-out row and the answers to it.
+
+    right: whether each is right; by default where it reads as what is wanted.
+    """
 
     asked: str
     wanted: str
     before: str
     after: str
+    right: tuple[bool, bool] | None = None
 
     @property
     def course(self) -> str:
         """What became of the answer: one of `COURSES`."""
-        return COURSES[(self._right(self.before), self._right(self.after))]
-
-    def _right(self, answer: str) -> bool:
-        return answer.strip() == self.wanted.strip()
+        before, after = (answer.strip() == self.wanted.strip() for answer in (self.before, self.after))
+        return COURSES[self.right or (before, after)]
 
 
 # By (right before, right after), in the order in which they are shown.
 COURSES = {(False, True): "learnt", (False, False): "still wrong", (True, False): "lost", (True, True): "kept right"}
 
 
-def collect(asked: Sequence[str], wanted: Sequence[str], before: Sequence[str], after: Sequence[str]) -> list[Sample]:
-    """One sample for each held-out row; none if there were no answers."""
-    return [Sample(*row) for row in zip(asked, wanted, before, after, strict=True)] if before and after else []
+def collect(
+    asked: Sequence[str],
+    wanted: Sequence[str],
+    before: Sequence[str],
+    after: Sequence[str],
+    agree: Callable[[Sequence[str], Sequence[str]], list[bool]] | None = None,
+) -> list[Sample]:
+    """One sample for each held-out row; none if there were no answers.
+
+    agree: tells which of some answers are right, beside what is wanted; by default those that read like it.
+    """
+    if not (before and after):
+        return []
+    rows = zip(asked, wanted, before, after, strict=True)
+    if agree is None:
+        return [Sample(*row) for row in rows]
+    right = zip(agree(before, wanted), agree(after, wanted), strict=True)
+    return [Sample(*row, both) for row, both in zip(rows, right, strict=True)]
 
 
 def counts(samples: Sequence[Sample]) -> dict[str, int]:
@@ -58,5 +75,6 @@ def shortened(text: str, most: int = 100) -> str:
 
 def entry(sample: Sample, most: int = 3_000) -> dict[str, str]:
     """The sample as it stands in summary.json; of each text at most `most` characters."""
-    texts = {name: value if len(value) <= most else f"{value[:most]} ..." for name, value in vars(sample).items()}
-    return {**texts, "course": sample.course}
+    texts = {name: getattr(sample, name) for name in ("asked", "wanted", "before", "after")}
+    cut = {name: value if len(value) <= most else f"{value[:most]} ..." for name, value in texts.items()}
+    return {**cut, "course": sample.course}

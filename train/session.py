@@ -16,9 +16,9 @@ from jpeft.errors import JpeftError
 from jpeft.virtual_tokens import places_taken
 from train import config as configs
 from train import packages, trackers
-from train.data import form_of
 from train.examples import Reader
 from train.schema import Config
+from train.tasks import Task, task_of
 
 CONFIG, ADAPTER, METRICS = "config.yaml", "adapter", trackers.METRICS
 
@@ -77,10 +77,10 @@ def load_call(config: Config) -> str:
 
 def _load_arguments(config: Config) -> tuple[str, dict[str, Any]]:
     model = config.model
-    task = model.task or ("sequence-classification" if config.data.label is not None else "causal-lm")
+    task = task_of(config.data, model.task)
     settings = {
-        "task": task,
-        "num_labels": len(config.data.labels or ()) or None,
+        "task": task.head,
+        "num_labels": task.outputs,
         "dtype": model.dtype,
         "pooling": model.pooling,
         "remat": model.remat,
@@ -119,14 +119,9 @@ class Run:
     reader: Reader
 
     @property
-    def form(self) -> str:
-        """What the run was trained on: "classification", "text", "completion" or "chat"."""
-        return form_of(self.config.data)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The classes of a classification."""
-        return tuple(self.config.data.labels or ())
+    def task(self) -> Task:
+        """What the run learnt."""
+        return task_of(self.config.data, self.config.model.task)
 
 
 def open_run(folder: Path, *, adapted: bool = True) -> Run:

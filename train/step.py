@@ -8,7 +8,7 @@ they are cut into micro-batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ import optax
 
 import jpeft
 from jpeft.errors import JpeftError
-from jpeft.losses import token_losses
-from train.batches import IGNORED
 from train.schema import TrainingConfig
+
+if TYPE_CHECKING:
+    from train.tasks.task import Task
 
 Arrays = dict[str, jax.Array]
 
@@ -28,28 +29,6 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What a model is called with."""
     names = ("input_ids", "attention_mask", "token_type_ids")
     return {name: batch[name] for name in names if name in batch}
-
-
-def class_losses(model: Any, batch: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(loss of each row [B], its weight [B], predicted class [B]) of a classification."""
-    logits = model(**inputs(batch)).astype(jnp.float32)
-    weight = (batch["classes"] != IGNORED).astype(jnp.float32)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["classes"], 0))
-    return each * weight, weight, jnp.argmax(logits, -1)
-
-
-def language_losses(model: Any, batch: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(summed loss of each row [B], its number of learnt tokens [B], zeros [B]) of a language model."""
-    hidden = model.hidden(**inputs(batch))
-    learnt = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)  # [B, K, D]
-    each = token_losses(model, learnt, batch["labels"])  # [B, K]
-    weight = jnp.sum(batch["labels"] != IGNORED, axis=1).astype(jnp.float32)
-    return jnp.sum(each, axis=1), weight, jnp.zeros(weight.shape, jnp.int32)
-
-
-def losses_for(form: str) -> Callable[[Any, Arrays], tuple[jax.Array, jax.Array, jax.Array]]:
-    """The loss of a form of data."""
-    return class_losses if form == "classification" else language_losses
 
 
 def schedule(training: TrainingConfig, steps: int, peak: float) -> optax.Schedule:
@@ -100,27 +79,26 @@ def optimizer(training: TrainingConfig, steps: int, labels: Mapping[str, str]) -
     return optax.chain(*([optax.clip_by_global_norm(training.clip)] if training.clip else []), *parts)
 
 
-def make_step(graphdef: Any, form: str, transform: optax.GradientTransformation) -> Callable[..., Any]:
+def make_step(graphdef: Any, task: Task | type[Task], transform: optax.GradientTransformation) -> Callable[..., Any]:
     """The jitted step: `(adapter, state, buffers, frozen, batch, key, number) -> (adapter, state, metrics)`.
 
-    batch: arrays [A, B, ...], A micro-batches of B rows. key: of the run; dropout uses key, step and micro-batch. The
-    adapter and the optimizer state are donated. metrics: loss (the mean over what is learnt, without
-    the methods' penalties), gradient norm.
+    batch: arrays [A, B, ...], A micro-batches of B rows, as `task` makes and reads them. key: of the run; dropout uses
+    key, step and micro-batch. The adapter and the optimizer state are donated. metrics: loss (the mean over what is
+    learnt, without the methods' penalties), gradient norm.
     """
-    losses = losses_for(form)
 
     def step(
         adapter: Arrays, state: Any, buffers: Arrays, frozen: Arrays, batch: Arrays, key: jax.Array, number: jax.Array
     ) -> tuple[Arrays, Any, dict[str, jax.Array]]:
-        learnt = batch["classes"] if form == "classification" else batch["labels"]
-        count = jnp.maximum(jnp.sum(learnt != IGNORED), 1).astype(jnp.float32)
+        count = jnp.sum(batch["weights"])
+        count = jnp.where(count > 0, count, 1.0)
         own = jax.random.fold_in(key, number)
 
         parts = batch["input_ids"].shape[0]
 
         def share(adapter: Arrays, index: jax.Array, micro: Arrays) -> tuple[jax.Array, jax.Array]:
             model = jpeft.combine(graphdef, adapter, buffers, frozen, dropout=jax.random.fold_in(own, index))
-            loss = jnp.sum(losses(model, micro)[0]) / count
+            loss = jnp.sum(task.losses(model, micro)[0]) / count
             return loss + jpeft.penalty(model) / parts, loss
 
         def grad(index: jax.Array, micro: Arrays) -> tuple[jax.Array, Arrays]:
@@ -142,13 +120,10 @@ def make_step(graphdef: Any, form: str, transform: optax.GradientTransformation)
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def make_scorer(graphdef: Any, form: str) -> Callable[..., Any]:
-    """The jitted evaluation: `(adapter, buffers, frozen, batch) -> (losses [B], weights [B], classes [B])`."""
-    losses = losses_for(form)
+def make_scorer(graphdef: Any, task: Task | type[Task]) -> Callable[..., Any]:
+    """The jitted evaluation: `(adapter, buffers, frozen, batch) -> (losses [B], predictions [B, ...])`."""
 
-    def score(
-        adapter: Arrays, buffers: Arrays, frozen: Arrays, batch: Arrays
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return losses(jpeft.combine(graphdef, adapter, buffers, frozen), batch)
+    def score(adapter: Arrays, buffers: Arrays, frozen: Arrays, batch: Arrays) -> tuple[jax.Array, jax.Array]:
+        return task.losses(jpeft.combine(graphdef, adapter, buffers, frozen), batch)
 
     return jax.jit(score)

@@ -7,16 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 import jpeft
 from jpeft.errors import JpeftError
-from train.batches import Window, arrays, edges
-from train.data import Template
-from train.evaluate import generate_texts
-from train.session import Run, keep_compiled, open_run
-from train.step import inputs
+from train.session import keep_compiled, open_run
 
 
 def generate(
@@ -40,34 +33,7 @@ def generate(
             raise JpeftError(f"--prompt: {prompt!r} is not UTF-8 text")
     keep_compiled()
     run = open_run(folder, adapted=adapted)
-    if run.form == "classification":
-        yield from _classes(run, prompts)
-        return
-    ids = [_prompt_ids(run, prompt, raw) for prompt in prompts]
-    yield from generate_texts(run.model, run.reader, ids, max_new_tokens, chat=run.form == "chat", **(sampling or {}))
-
-
-def _prompt_ids(run: Run, prompt: str, raw: bool) -> list[int]:
-    if run.form == "chat" and not raw:
-        return run.reader.chat_prompt([{"role": "user", "content": prompt}])
-    if run.form == "completion" and not raw:
-        template = Template(str(run.config.data.prompt), "prompt")
-        if len(template.columns) > 1:
-            raise JpeftError(
-                f"the run's template {run.config.data.prompt!r} has several columns; give the whole prompt with --raw"
-            )
-        prompt = template({template.columns[0]: prompt})
-    return run.reader.prompt(prompt)
-
-
-def _classes(run: Run, texts: Sequence[str]) -> Iterator[str]:
-    if run.config.data.text_pair is not None:
-        raise JpeftError("the run classifies pairs of texts; use it from Python (jpeft.load_adapter)")
-    examples = [example for row, text in enumerate(texts) for example in run.reader.classification(text, None, 0, row)]
-    window = Window(tuple(range(len(examples))), edges([len(example) for example in examples], 1)[-1])
-    logits = run.model(**inputs(arrays(examples, window, len(examples), 1)))
-    for row in np.asarray(jax.nn.softmax(logits.astype(np.float32), -1)):
-        yield f"{run.labels[int(row.argmax())]}  {row.max():.3f}"
+    yield from run.task.answers(run, prompts, max_new_tokens=max_new_tokens, raw=raw, **(sampling or {}))
 
 
 def merge(folder: Path, target: Path) -> Iterator[str]:
@@ -80,11 +46,11 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
         raise JpeftError(f"{target}: exists and is not an empty folder; give a new one")
     run = open_run(folder)
     jpeft.models.save(jpeft.merge(run.model, dequantize=True), target)
-    if run.labels:
+    if run.task.labels:
         path = target / "config.json"
         written = json.loads(path.read_text(encoding="utf-8"))
-        written["id2label"] = {str(number): label for number, label in enumerate(run.labels)}
-        written["label2id"] = {label: number for number, label in enumerate(run.labels)}
+        written["id2label"] = {str(number): label for number, label in enumerate(run.task.labels)}
+        written["label2id"] = {label: number for number, label in enumerate(run.task.labels)}
         path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     run.reader.tokenizer.save_pretrained(target)
     yield f"merged into {target}; load it with jpeft.models.load({str(target)!r}) or with transformers"

@@ -7,6 +7,7 @@ import pytest
 
 from train import batches
 from train.examples import Example
+from train.tasks.text import Text
 
 
 def examples(lengths: list[int]) -> list[Example]:
@@ -45,7 +46,7 @@ def test_evaluation_takes_every_row_once() -> None:
 
 
 def test_arrays() -> None:
-    made = batches.arrays(examples([4, 6]), batches.Window((1, 0), 8), 3, targets=8)
+    made = batches.Batches(Text, examples([4, 6]))(batches.Window((1, 0), 8), 3)
     assert made["input_ids"].tolist()[:2] == [[1, 2, 3, 4, 5, 6, 0, 0], [1, 2, 3, 4, 0, 0, 0, 0]]
     assert made["attention_mask"].sum(1).tolist() == [6, 4, 6]
     # The fifth token is predicted at the fourth; the third row only fills the batch up.
@@ -53,10 +54,11 @@ def test_arrays() -> None:
     assert made["labels"][0].tolist() == [5, 6, -100, -100, -100, -100, -100]
     assert (made["labels"][2] == -100).all()
     assert made["positions"].shape == (3, 7)
+    assert made["weights"].tolist() == [2, 2, 0]
 
 
 def test_padding_is_decided_by_the_mask_not_by_the_id() -> None:
     ids = np.array([0, 5, 0, 2], np.int32)
-    made = batches.arrays([Example(ids, np.array([False, True, True, True]), 0)], batches.Window((0,), 8), 1, 8)
+    made = batches.Batches(Text, [Example(ids, np.array([False, True, True, True]), 0)])(batches.Window((0,), 8), 1)
     assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
     assert made["labels"][0, :3].tolist() == [5, 0, 2]

@@ -19,17 +19,15 @@ from tests.train.conftest import make_tokenizer
 from train import data as task_data
 from train import packages, sources
 from train.schema import DataConfig
+from train.tasks import task_of
 
 ROWS = [{"text": f"row {i}", "other": "x y", "label": "yes" if i % 2 else "no", "number": i % 3} for i in range(20)]
 
 
 def prepared(**given: Any) -> task_data.TaskData:
     data = DataConfig(**given)
-    train, test = task_data.read_rows(data)
-    labels = task_data.labels_of(data, train)
-    for rows in (train, test):
-        task_data.check_rows(data, rows, labels)
-    return task_data.prepare(data, train, test, labels, make_tokenizer(), data.max_length, types=False)
+    data, train, test = task_data.read(data)
+    return task_data.prepare(task_of(data), train, test, make_tokenizer(), data.max_length, types=False)
 
 
 def copied(path: Path) -> str:
@@ -49,7 +47,7 @@ def test_files(tmp_path: Path, kind: str) -> None:
     rows = sources.read(str(path))
     assert [row["text"] for row in rows.dataset] == [row["text"] for row in ROWS]
     task = prepared(source=str(path), text="text", label="label", test_size=5)
-    assert (len(task.train), len(task.test), task.labels) == (15, 5, ("no", "yes"))
+    assert (len(task.train), len(task.test), task.kind.labels) == (15, 5, ("no", "yes"))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv"])
@@ -95,9 +93,9 @@ def test_numbers_of_classes_in_text_files(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "".join(f"row {i},{i % 11}\n" for i in range(44)), encoding="utf-8")
     task = prepared(source=str(path), text="text", label="label")
-    assert task.labels == tuple(map(str, range(11)))
+    assert task.kind.labels == tuple(map(str, range(11)))
     path.write_text("text,label\n" + "".join(f"row {i},0{i % 2}\n" for i in range(44)), encoding="utf-8")
-    assert prepared(source=str(path), text="text", label="label").labels == ("00", "01")
+    assert prepared(source=str(path), text="text", label="label").kind.labels == ("00", "01")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +248,7 @@ def test_unknown_labels_name_file_and_line(tmp_path: Path, kind: str) -> None:
 
 def test_labels(jsonl: Callable[..., Path]) -> None:
     path = str(jsonl([{**row, "label": 10 - row["number"]} for row in ROWS]))
-    assert prepared(source=path, text="text", label="label").labels == ("8", "9", "10")
+    assert prepared(source=path, text="text", label="label").kind.labels == ("8", "9", "10")
     given = prepared(source=path, text="text", label="label", labels=["10", "9", "8"])
     assert {example.label for example in given.train} == {0, 1, 2}
     with pytest.raises(JpeftError, match="'8' is given twice"):
@@ -264,13 +262,13 @@ def test_templates(jsonl: Callable[..., Path]) -> None:
     path = str(jsonl(ROWS))
     task = prepared(source=path, prompt="{{q}} {text}\nAnswer:", completion=" {label}", test_size=4)
     row = task.test_rows.dataset[0]
-    assert task.form == "completion"
-    assert task.prompts[0] == f"{{q}} {row['text']}\nAnswer:"
-    assert task.completions[0] == f" {row['label']}"
-    assert sorted(task.choices) == [" no", " yes"]
+    assert task.kind.name == "completion"
+    assert task.asked[0] == f"{{q}} {row['text']}\nAnswer:"
+    assert task.right[0] == f" {row['label']}"
+    assert sorted(task.kind.choices(task.train_rows)) == [" no", " yes"]
     assert task.test[0].targets.sum() == 2
     columns = prepared(source=path, prompt="text", completion="label", test_size=4)
-    assert columns.prompts[0] == row["text"]
+    assert columns.asked[0] == row["text"]
     for prompt in ("{text", "{0}", "{}", "{text.x}", "{text:d}", "{text!z}", "{text!r}", "{number:{text}}"):
         with pytest.raises(JpeftError, match=r"data\.prompt: "):
             prepared(source=path, prompt=prompt, completion="label")
@@ -314,7 +312,7 @@ def test_chat_rows(jsonl: Callable[..., Path]) -> None:
     chat = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "no"}]
     rows = [{"messages": chat} for _ in range(6)]
     task = prepared(source=str(jsonl(rows)), messages="messages", test_size=2)
-    assert task.form == "chat"
+    assert task.kind.name == "chat"
     assert [int(example.targets.sum()) for example in task.train] == [2] * 4  # the answer and its end
     broken = str(jsonl([*rows, {"messages": [{"role": "user", "content": None}]}], "broken.jsonl"))
     with pytest.raises(JpeftError, match=r"broken\.jsonl, line 7: message 1 has no text"):

@@ -1,0 +1,32 @@
+"""Plain text, learnt token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from train.examples import Reader
+from train.generation import generate_texts
+from train.sources import Rows
+from train.tasks.language import LanguageTask
+from train.tasks.task import Read, text_of
+
+if TYPE_CHECKING:
+    from train.session import Run
+
+
+class Text(LanguageTask):
+    """Each token from those before it."""
+
+    name = "text"
+    required = ("text",)
+
+    def reader(self, rows: Rows, reader: Reader) -> Read:
+        return lambda row, index: reader.text(text_of(row[str(self.data.text)]), index)
+
+    def example_prompt(self, row: Mapping[str, Any]) -> tuple[str, bool] | None:
+        return " ".join(text_of(row[str(self.data.text)]).split()[:12]), False
+
+    def answers(self, run: Run, prompts: Sequence[str], **settings: Any) -> Iterator[str]:
+        settings.pop("raw", None)
+        yield from generate_texts(run.model, run.reader, [run.reader.prompt(prompt) for prompt in prompts], **settings)
