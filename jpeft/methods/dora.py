@@ -71,12 +71,14 @@ class DoRAWrapper(LoRAWrapper):
         value, layers = kinds.weight(self.base).get_value(), self._outside()
         return value if layers is None else value[jnp.array(layers)]
 
-    def _together(self, y: Array, plain: Array, update: Array) -> Array:
+    def _together(self, y: Array, plain: Array | None, update: Array) -> Array:
         """y, the base's output, with `update` and the gain; plain: the base's output of the input under dropout."""
-        gain = self.column_gain()
+        gain = self.column_gain().astype(y.dtype)
         bias = getattr(innermost(self.base), "bias", None)
-        linear = plain if bias is None else plain - bias[...].astype(y.dtype)
-        return y + (gain - 1).astype(y.dtype) * linear + gain.astype(y.dtype) * update
+        shift = 0 if bias is None else bias[...].astype(y.dtype)
+        if plain is None:  # one product with the gain, so that one array of the output's size is kept for its gradient
+            return gain * (y - shift + update) + shift
+        return y + (gain - 1) * (plain - shift) + gain * update
 
 
 class DoRALinear(DoRAWrapper, LoRALinear):
@@ -85,7 +87,7 @@ class DoRALinear(DoRAWrapper, LoRALinear):
     def __call__(self, x: Float[Array, "*batch in"], *args: Any, **kwargs: Any) -> Float[Array, "*batch out"]:
         y = self.base(x, *args, **kwargs)
         dropped = self.dropout(x.astype(y.dtype))
-        plain = self.base(dropped, *args, **kwargs) if self.dropout.active and self.dropout.rate else y
+        plain = self.base(dropped, *args, **kwargs) if self.dropout.active and self.dropout.rate else None
         return self._together(y, plain, self.update(dropped, *self.factors_in(y.dtype)))
 
 
@@ -95,7 +97,7 @@ class DoRALinearGeneral(DoRAWrapper, LoRALinearGeneral):
     def __call__(self, x: Float[Array, "..."], *args: Any, **kwargs: Any) -> Float[Array, "..."]:
         y = self.base(x, *args, **kwargs)
         dropped = self.dropout(x.astype(y.dtype))
-        plain = self.base(dropped, *args, **kwargs) if self.dropout.active and self.dropout.rate else y
+        plain = self.base(dropped, *args, **kwargs) if self.dropout.active and self.dropout.rate else None
         return self._together(
             y, plain, self.update(self.contracted(dropped), *self.factors_in(y.dtype)).reshape(y.shape)
         )

@@ -68,13 +68,18 @@ class FusedAdapters(RowWise):
     def _fused(self, values: Values, y: Float[Array, "*batch d"]) -> tuple[Array, Array]:
         """What is added to y, and the weights [*batch, N], in float32."""
         typed = {name: value.astype(y.dtype) for name, value in values.items()}
+        up, scale = typed["up"], typed["scale"]
         inner = jnp.einsum("...d,ndw->...nw", y, typed["down"]) + typed["down_bias"]
-        outer = jnp.einsum("...nw,nwd->...nd", ACTIVATIONS[self.activation](inner), typed["up"]) + typed["up_bias"]
-        z = outer * typed["scale"][:, None]
-        # A bias of the keys would shift all scores of a token alike, which the softmax does not see.
-        scores = jnp.einsum("...d,...nd->...n", y @ typed["query"] + typed["query_bias"], z @ typed["key"])
+        inner = ACTIVATIONS[self.activation](inner) * scale[:, None]
+        # What the adapters say, [*batch, N, d], is never formed: the key goes to the query's side, and from there into
+        # the narrow space inside the networks. (A bias of the keys would shift all scores of a token alike, which the
+        # softmax does not see.)
+        asked = (y @ typed["query"] + typed["query_bias"]) @ typed["key"].T
+        scores = jnp.sum(inner * jnp.einsum("...d,nwd->...nw", asked, up), axis=-1)
+        scores = scores + (asked @ typed["up_bias"].T) * scale
         weights = jax.nn.softmax(scores.astype(jnp.float32))
-        mixed = jnp.einsum("...n,...nd->...d", self.dropout(weights).astype(y.dtype), z)
+        kept = self.dropout(weights).astype(y.dtype)
+        mixed = jnp.einsum("...nw,nwd->...d", inner * kept[..., None], up) + (kept * scale) @ typed["up_bias"]
         return mixed @ typed["value"], weights
 
     def penalty(self) -> jax.Array:
