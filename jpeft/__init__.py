@@ -50,6 +50,7 @@ from jpeft.multi import multi
 from jpeft.observing import observe
 from jpeft.partition import Partition, combine, param_labels, partition, trainable_mask
 from jpeft.quant import FP4, NF4, Int4, Int8, quantize
+from jpeft.sharding import make_mesh, optimizer_shardings, shard, shard_batch, shardings
 from jpeft.stack import Stack, run_layers
 from jpeft.targets import listing as list_targets
 from jpeft.training import optimizer, penalty
@@ -136,11 +137,13 @@ __all__ = [
     "load_adapter",
     "load_adapterhub",
     "load_peft",
+    "make_mesh",
     "merge",
     "models",
     "multi",
     "observe",
     "optimizer",
+    "optimizer_shardings",
     "param_labels",
     "partition",
     "penalty",
@@ -148,6 +151,9 @@ __all__ = [
     "run_layers",
     "save_adapter",
     "save_peft",
+    "shard",
+    "shard_batch",
+    "shardings",
     "strip",
     "trainable_mask",
 ]

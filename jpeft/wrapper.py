@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -88,6 +88,15 @@ class Wrapper(nnx.Module):
             layer = [] if seen.layer is None else [str(seen.layer)]
             seen["/".join(part for part in (self.place[0], *layer, self.place[1], name) if part)] = value
         return value
+
+    def variable_axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        """What the trailing axes of its variables run along, by variable; for a mesh (`jpeft.shard`).
+
+        "in" and "out" are the input and output axes of the layer under it, "features" those of the residual stream,
+        "width" what is between two products of its own, "heads" the heads of keys and values; None, and the axes of
+        variables that are not named, are whole on every device.
+        """
+        return {}
 
     def penalty(self) -> jax.Array | None:
         """What the wrapper adds to the loss, a float32 scalar summed over its layer axes; None for nothing."""

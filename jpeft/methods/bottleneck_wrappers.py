@@ -124,6 +124,14 @@ class Bottleneck(RowWise):
             self.layer_dropout = LayerDropout(drop, lead)
         self.drop = drop
 
+    def variable_axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {
+            "down": ("features", "width"),
+            "down_bias": ("width",),
+            "up": ("width", "features"),
+            "up_bias": ("features",),
+        }
+
     def change(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """f(x), in x's dtype."""
         return self.evaluated(self._network, x)

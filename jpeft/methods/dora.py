@@ -9,6 +9,7 @@ n^2 is |W|^2 + 2 s <W' A, B'> + s^2 |A B|^2, whose parts are products with small
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -45,6 +46,9 @@ class DoRAWrapper(LoRAWrapper):
         squares = jnp.sum(weight**2, axis=axes)
         self.squares = AdapterBuffer(squares)
         self.m = Trainable(jnp.sqrt(squares), group="dora_m")
+
+    def variable_axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {**super().variable_axes(), "m": ("out",), "squares": ("out",)}
 
     def column_gain(self) -> Float[Array, "*lead out"]:
         """m / n, in float32."""

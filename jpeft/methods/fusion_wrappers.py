@@ -59,6 +59,15 @@ class FusedAdapters(RowWise):
         self.leading = len(lead)
         self.dropout = Dropout(dropout, lead)
 
+    def variable_axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {
+            **dict.fromkeys(("query", "key", "value"), ("features", None)),
+            "down": ("features", "width"),
+            "down_bias": ("width",),
+            "up": ("width", "features"),
+            "up_bias": ("features",),
+        }
+
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         y = self.base(*args, **kwargs)
         made, weights = self.evaluated(self._fused, y)

@@ -9,7 +9,7 @@ rows are scaled.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -44,6 +44,9 @@ class Rescaled(Wrapper):
         if self.before:
             return self.base(self._scaled(x), *args, **kwargs)
         return self._scaled(self.base(x, *args, **kwargs))
+
+    def variable_axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {"l": ("in",) if self.before else ("out",)}
 
     def _scaled(self, x: Array) -> Array:
         scale = self.l[...].astype(x.dtype)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -202,6 +202,9 @@ class LoRAWrapper(Wrapper):
         """The factors in the dtype that the layer computes in."""
         a, b, scale = (factor.astype(dtype) for factor in self.factors())
         return a, b, scale
+
+    def variable_axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {"a": ("in", None), "b": (None, "out"), "a0": ("in", None), "b0": (None, "out")}
 
     def column_gain(self) -> Array | None:
         """What the columns of weight and update together are multiplied by, lead + [*out]; None for nothing."""

@@ -12,7 +12,7 @@ The contract, whatever the model does around it:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -111,6 +111,9 @@ class Prefix(PrefixWrapper):
         self.keys = Trainable(keys, group="prompt")
         self.values = Trainable(values, group="prompt")
 
+    def variable_axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return dict.fromkeys(("keys", "values"), ("heads", None))
+
     def prefix(self) -> tuple[jax.Array, jax.Array]:
         return self.keys[...], self.values[...]
 
@@ -134,6 +137,9 @@ class ReparameterizedPrefix(PrefixWrapper):
         self.b_in = Trainable(values["b_in"], group="prompt", shared=True)
         self.w_out = Trainable(values["w_out"], group="prompt")
         self.b_out = Trainable(values["b_out"], group="prompt")
+
+    def variable_axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return dict.fromkeys(("w_out", "b_out"), ("heads", None))
 
     def prefix(self) -> tuple[jax.Array, jax.Array]:
         inner = self.embedding[...] @ self.w_in[...] + self.b_in[...][..., None, :]  # [(tasks,) P, M]

@@ -50,6 +50,9 @@ class GatedLowRank(RowWise):
         self.own = (*self._GROUPS, "scale")
         self.leading = values["scale"].ndim
 
+    def variable_axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {"a": ("in", None), "b": (None, "out")}
+
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         y = self.base(x, *args, **kwargs)
         x = x.astype(y.dtype)

@@ -19,6 +19,7 @@ from jpeft.models.causal import CacheSlot, CausalModel, ClassifierHead, Language
 from jpeft.models.config import Config, Fields
 from jpeft.models.families import Family
 from jpeft.models.layers import ACTIVATIONS, RMSNorm, embed, gated, linear
+from jpeft.models.model import READS, WRITES
 from jpeft.models.rope import Rope, parse_rope, rotate
 from jpeft.stack import Stack, run_layers
 
@@ -152,6 +153,14 @@ class Decoder(CausalModel):
         feed_forward_output=("down_proj",),
         norm=(r".*norm",),
         embedding=("embed_tokens",),
+    )
+    sharding_rules = FrozenDict(
+        {
+            r"(q|k|v|gate|up)_proj": READS,
+            r"(o|down)_proj": WRITES,
+            "embed_tokens": WRITES,
+            "lm_head": READS,
+        }
     )
     config: DecoderConfig
 

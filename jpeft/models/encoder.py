@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict
+from jax.sharding import PartitionSpec
 
 from jpeft.errors import JpeftError
 from jpeft.models.attention import Attention, padding_mask
@@ -33,7 +34,7 @@ from jpeft.models.encoder_layers import (
 )
 from jpeft.models.families import Family
 from jpeft.models.layers import ACTIVATIONS
-from jpeft.models.model import Model, check_mask, check_tokens, mean_token, new_head
+from jpeft.models.model import READS, WRITES, Model, check_mask, check_tokens, mean_token, new_head
 from jpeft.virtual_tokens import most_positions, position_offset, with_prompt
 
 
@@ -54,6 +55,15 @@ class Encoder(Model):
         feed_forward_output=(r"layer\.\d+\.output\.dense",),
         norm=(r"encoder\..*\.LayerNorm", "embeddings.LayerNorm"),
         embedding=("word_embeddings",),
+    )
+    # Vocabularies of 30,522 and 50,265 can hardly be cut.
+    sharding_rules = FrozenDict(
+        {
+            "query|key|value": READS,
+            "intermediate.dense": READS,
+            "output.dense": WRITES,
+            "word_embeddings": PartitionSpec(None, "fsdp"),
+        }
     )
 
     pads_positions: bool = False  # whether padding has a row of its own in the position table

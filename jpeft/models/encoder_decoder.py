@@ -28,7 +28,17 @@ from jpeft.models.encoder_decoder_config import EncoderDecoderConfig, parse
 from jpeft.models.encoder_decoder_layers import CROSS, T5Stack
 from jpeft.models.families import Family
 from jpeft.models.layers import embed, linear
-from jpeft.models.model import Model, check_mask, check_tokens, compiled, last_token, mean_token, new_head
+from jpeft.models.model import (
+    READS,
+    WRITES,
+    Model,
+    check_mask,
+    check_tokens,
+    compiled,
+    last_token,
+    mean_token,
+    new_head,
+)
 from jpeft.virtual_tokens import with_prompt
 
 Cache = dict[str, jax.Array]
@@ -55,6 +65,16 @@ class T5Encoder(Model):
         feed_forward_output=("wo",),
         norm=(r".*layer_norm",),
         embedding=("shared",),
+    )
+    sharding_rules = FrozenDict(
+        {
+            r"(Self|EncDec)Attention\.[qkv]": READS,
+            r"(Self|EncDec)Attention\.o": WRITES,
+            r"wi.*": READS,
+            "wo": WRITES,
+            "shared": WRITES,
+            "lm_head": READS,
+        }
     )
 
     config: EncoderDecoderConfig

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.core import FrozenDict
+from jax.sharding import PartitionSpec
 
 from jpeft.errors import JpeftError
 from jpeft.models.attention import Attention
@@ -19,6 +20,7 @@ from jpeft.models.causal import CacheSlot, CausalModel, ClassifierHead, Language
 from jpeft.models.config import Config, Fields
 from jpeft.models.families import Family
 from jpeft.models.layers import ACTIVATIONS, activation, embed, layer_norm, linear
+from jpeft.models.model import READS, WRITES
 from jpeft.stack import Stack, run_layers
 from jpeft.virtual_tokens import most_positions
 
@@ -136,6 +138,8 @@ class GPT2(CausalModel):
         norm=(r"ln_.*",),
         embedding=("wte",),
     )
+    # The vocabulary of 50,257 can be cut into nothing.
+    sharding_rules = FrozenDict({"c_attn": READS, "c_fc": READS, "c_proj": WRITES, "wte": PartitionSpec(None, "fsdp")})
     config: GPT2Config
 
     def __init__(

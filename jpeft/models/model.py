@@ -18,6 +18,7 @@ them it holds static attributes:
                     embedding             the token embedding
     pooling       how a classifier sums up a sequence: None for Hugging Face's way, or "mean"
     renewable     attributes that may be missing in a checkpoint and are then made anew, trainable
+    sharding_rules   how weights lie on a mesh, as `jpeft.shard` takes rules: {target: spec of (in, out)}
     unread        expressions of checkpoint keys that the task has no use for, such as the decoder's
 """
 
@@ -31,12 +32,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict
+from jax.sharding import PartitionSpec
 
 from jpeft import surgery
 from jpeft.errors import JpeftError
 from jpeft.models.config import Config
 from jpeft.variables import Trainable, retype
 from jpeft.virtual_tokens import with_prompt
+
+# Layers that read the residual stream and layers that write to it. Along `tensor` the former are cut by what they make
+# and the latter by what they are made of, so that one sum over devices ends each sublayer; along `fsdp` both are cut by
+# the features of the stream and gathered where they are used.
+READS = PartitionSpec("fsdp", "tensor")
+WRITES = PartitionSpec("tensor", "fsdp")
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "masked-lm", "seq2seq-lm", "base")
 
@@ -76,6 +84,7 @@ class Model(nnx.Module):
     unread: tuple[str, ...] = ()
     base_prefix: str = ""
     roles: Mapping[str, tuple[str, ...]] = FrozenDict()
+    sharding_rules: Mapping[str, PartitionSpec] = FrozenDict()
     task: str = "base"
     pooling: str | None = None
 
