@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from flax import nnx
 
@@ -55,8 +55,13 @@ _V = TypeVar("_V", bound=nnx.Variable)
 
 
 def retype(variable: nnx.Variable, kind: type[_V], **metadata: Any) -> _V:
-    """`variable`'s array (not copied) and metadata under another Variable type."""
-    return kind(variable.get_value(), **{**variable.get_metadata(), **metadata})
+    """`variable`'s array (not copied) and metadata under another Variable type.
+
+    The constructor is not called: it would lay out the array anew where the metadata names a layout (`out_sharding`),
+    which fails where no mesh is current, and run the hooks of a new variable a second time.
+    """
+    copied = variable.copy()
+    return cast(_V, kind.from_metadata(copied.get_raw_value(), {**copied.get_metadata(), **metadata}))
 
 
 def freeze(variable: nnx.Variable) -> nnx.Variable:
@@ -70,6 +75,7 @@ def unfreeze(variable: nnx.Variable) -> nnx.Variable:
     """The inverse of `freeze`."""
     if not isinstance(variable, Frozen):
         return variable
-    metadata = variable.get_metadata()
+    copied = variable.copy()
+    metadata = copied.get_metadata()
     original = metadata.pop(_ORIGINAL)
-    return original(variable.get_value(), **metadata)
+    return cast(nnx.Variable, original.from_metadata(copied.get_raw_value(), metadata))

@@ -80,7 +80,7 @@ class Rescaled(Wrapper):
         chosen = value if self.layers is None else value[jnp.array(self.layers)]
         made = (chosen.astype(jnp.float32) * scale).astype(value.dtype)
         whole = made if self.layers is None else value.at[jnp.array(self.layers)].set(made)
-        setattr(base, name, type(variable)(whole, **variable.get_metadata()))
+        setattr(base, name, variable.replace(whole))
 
 
 def _features(layer: Any, before: bool) -> tuple[int, ...]:

@@ -258,7 +258,7 @@ class LoRAWrapper(Wrapper):
         made = _added(type(self), self.spec(), len(kinds.lead(base)), chosen, *self.factors(), gain)
         whole_made = made if self.layers is None else value.at[jnp.array(self.layers)].set(made)
         # A new Variable: the old one may be shared with another module, which has no adapter or another one.
-        setattr(base, kinds.KINDS[kind][0], type(weight)(whole_made, **weight.get_metadata()))
+        setattr(base, kinds.KINDS[kind][0], weight.replace(whole_made))
         return base
 
 

@@ -121,9 +121,12 @@ def _set(module: Any, values: Mapping[str, jax.Array]) -> None:
     for own, value in values.items():
         kept = vars(module).get(own)
         like = kept if kept is not None else kinds.weight(module)
+        made = like.replace(value.astype(like.dtype))
         if kept is None:
             vars(module)["use_bias"] = True  # nnx.Linear insists
-        setattr(module, own, nnx.data(type(like)(value.astype(like.dtype), **like.get_metadata())))
+            if made.get_metadata("out_sharding", None) is not None:  # of the weight, which has more axes
+                made.set_metadata("out_sharding", None)
+        setattr(module, own, nnx.data(made))
 
 
 class _Retraining(Targeted):

@@ -143,8 +143,7 @@ def test_optimizer_state_follows_the_adapter(mesh: jax.sharding.Mesh) -> None:
 
 
 def test_a_users_model_has_rules_or_metadata(mesh: jax.sharding.Mesh) -> None:
-    with nnx.use_eager_sharding(False):  # else Flax wants a current mesh for whatever has a layout in its metadata
-        model = zoo.MODELS["user-list"].make("float32")
+    model = zoo.MODELS["user-list"].make("float32")
     assert set(specs(model, mesh).values()) == {P()}
     # The caller's rules come first, the first that fits decides, and one layer can be meant.
     rules = {"layers.1.up": P(), "up": P("fsdp", "tensor"), r"layers\.\d+\.norm": P("fsdp")}
@@ -201,3 +200,40 @@ def test_an_abstract_model_is_placed_abstractly(mesh: jax.sharding.Mesh) -> None
     leaves = jax.tree.leaves(nnx.state(made))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None for leaf in leaves)
     assert any(isinstance(v, DropoutKey) for _, v in nnx.to_flat_state(nnx.state(made)))
+
+
+class Annotated(nnx.Module):
+    """A user's model whose layout is in its variables, as Flax's guide has it."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        along = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("fsdp", "tensor"))
+        self.first = nnx.Linear(8, 8, kernel_init=along, rngs=rngs)
+        self.second = nnx.Linear(8, 8, kernel_init=along, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(nnx.relu(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        jpeft.LoRA(rank=2, targets="all-linear"),
+        jpeft.IA3(targets=["second"], feed_forward=[]),
+        jpeft.BitFit(),
+        jpeft.FullTuning(targets="second"),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_layouts_in_metadata_need_no_current_mesh(method: jpeft.Method, mesh: jax.sharding.Mesh) -> None:
+    with jax.set_mesh(mesh):
+        model = Annotated(nnx.Rngs(0))
+    base = model.first.kernel
+    adapted = method(model, rngs=nnx.Rngs(1))
+    found = specs(adapted, mesh)
+    assert found["first/kernel"] == P("fsdp", "tensor")
+    frozen = jpeft.partition(adapted).frozen
+    assert frozen["first/kernel"] is base.get_value()
+    for plain in (jpeft.strip(adapted), jpeft.merge(adapted)):
+        assert type(plain.first.kernel) is type(base)
+        assert plain.first.kernel.get_metadata() == base.get_metadata()
+        assert set(specs(plain, mesh).values()) <= {P("fsdp", "tensor"), P("tensor"), P()}
