@@ -178,9 +178,9 @@ class GPT2(CausalModel):
                 f"input_ids: {input_ids.shape[1]} tokens{behind}, but this model has learned positions for "
                 f"{self.config.max_position_embeddings}; cut the texts"
             )
-        x = self.wte(input_ids) + self.wpe(positions)
+        x = self.by_rows(self.wte(input_ids) + self.wpe(positions))
         x, arrays = run_layers(self.h, (x, arrays), layer_masks, slot)
-        return self.ln_f(x), arrays
+        return self.by_rows(self.ln_f(x)), arrays
 
 
 class GPT2LM(LanguageHead, GPT2):

@@ -25,6 +25,7 @@ them it holds static attributes:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft import surgery
 from jpeft.errors import JpeftError
@@ -87,9 +88,25 @@ class Model(nnx.Module):
     sharding_rules: Mapping[str, PartitionSpec] = FrozenDict()
     task: str = "base"
     pooling: str | None = None
+    batch_sharding: NamedSharding | None = None
 
     def __init__(self, config: Config):
         self.config = config
+
+    def on_mesh(self, rows: NamedSharding, own: Mapping[str, PartitionSpec]) -> None:
+        """Told by `jpeft.shard` how the rows of a batch lie."""
+        self.batch_sharding = rows
+
+    def by_rows(self, x: jax.Array) -> jax.Array:
+        """x [B, ...], on a mesh with its rows where those of the batch are.
+
+        What comes out of an embedding lies, if nothing is said, as the table: features along `fsdp`, every row on every
+        device, and so do all activations after it.
+        """
+        at = self.batch_sharding
+        if at is None or not at.spec or x.shape[0] % math.prod(at.mesh.shape[axis] for axis in at.spec[0]):
+            return x
+        return jax.lax.with_sharding_constraint(x, at)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's function; call the model itself instead."""

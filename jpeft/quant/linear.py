@@ -6,13 +6,16 @@ codes and scales. Inside a `Stack` one layer's weight exists at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft import kinds, surgery
@@ -22,28 +25,42 @@ from jpeft.targets import resolve
 from jpeft.variables import Quantized
 from jpeft.wrapper import Wrapper
 
+Layout: TypeAlias = tuple[tuple[str, NamedSharding], ...]  # of arrays of a kernel, by name
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+
+def _laid_out(kernel: QuantizedKernel, layout: Layout) -> QuantizedKernel:
+    laid = {name: jax.lax.with_sharding_constraint(kernel.arrays[name], at) for name, at in layout}
+    return dataclasses.replace(kernel, arrays={**kernel.arrays, **laid})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def matmul(
-    x: Float[Array, "*batch in"], kernel: QuantizedKernel, precision: Any = None, turned: bool = False
+    x: Float[Array, "*batch in"],
+    kernel: QuantizedKernel,
+    precision: Any = None,
+    turned: bool = False,
+    gathered: Layout = (),
 ) -> Float[Array, "*batch out"]:
     """x times the dequantised kernel, in x's dtype; with `turned`, times its transpose ([*batch, out] to [*batch, in]).
 
-    Differentiable in x, to any order in reverse mode. The kernel is frozen: it gets no gradient.
+    gathered: how codes and scales lie on a mesh where they are dequantised. Differentiable in x, to any order in
+    reverse mode. The kernel is frozen: it gets no gradient.
     """
-    weight = kernel.weight().astype(kernel.dtype).astype(x.dtype)  # [out, in]
+    weight = _laid_out(kernel, gathered).weight().astype(kernel.dtype).astype(x.dtype)  # [out, in]
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0 if turned else 1,)), ((), ())), precision=precision)
 
 
-def _forward(x: Array, kernel: QuantizedKernel, precision: Any, turned: bool) -> tuple[Array, QuantizedKernel]:
-    return matmul(x, kernel, precision, turned), kernel
+def _forward(
+    x: Array, kernel: QuantizedKernel, precision: Any, turned: bool, gathered: Layout
+) -> tuple[Array, QuantizedKernel]:
+    return matmul(x, kernel, precision, turned, gathered), kernel
 
 
-def _backward(precision: Any, turned: bool, kernel: QuantizedKernel, dy: Array) -> tuple[Array, None]:
+def _backward(precision: Any, turned: bool, gathered: Layout, kernel: QuantizedKernel, dy: Array) -> tuple[Array, None]:
     # Dequantised once more: without the barrier the compiler of an accelerator would find, where layers are not in a
     # Stack, that it has been done already, and keep the result of the forward pass. (That of CPUs ignores barriers.)
     _, kernel = jax.lax.optimization_barrier((jax.lax.stop_gradient(dy), kernel))
-    return matmul(dy, kernel, precision, not turned), None
+    return matmul(dy, kernel, precision, not turned, gathered), None
 
 
 matmul.defvjp(_forward, _backward)
@@ -70,6 +87,28 @@ class QuantizedLinear(kinds.Packed):
         self.use_bias = bias is not None
         self.dtype = dtype
         self.precision = precision
+        self.stored: Layout = ()
+        self.gathered: Layout = ()
+
+    def on_mesh(self, rows: NamedSharding, own: Mapping[str, PartitionSpec]) -> None:
+        """Told by `jpeft.shard` how its variables lie: codes and scales are to be gathered, and not the weight.
+
+        The compiler would dequantise each shard and gather the result, which is many times as large. What is cut along
+        axes over which the rows of a batch are dealt out is gathered where it is used; along others it stays cut.
+        """
+        batch = set(rows.spec[0]) if rows.spec else set()
+        lead = len(self.weight_shape()) - 2
+
+        def kept(entry: Any) -> Any:
+            axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+            return tuple(axis for axis in axes if axis not in batch) or None
+
+        cut = {name: own[name][lead:] for name in self.arrays if not name.startswith("scale_")}
+        cut.setdefault("scales", cut["codes"])  # of doubly quantised ones, `unfolded`
+        self.stored = tuple((name, NamedSharding(rows.mesh, PartitionSpec(*spec))) for name, spec in cut.items())
+        self.gathered = tuple(
+            (name, NamedSharding(rows.mesh, PartitionSpec(*map(kept, spec)))) for name, spec in cut.items()
+        )
 
     @property
     def quantized(self) -> QuantizedKernel:
@@ -82,8 +121,16 @@ class QuantizedLinear(kinds.Packed):
             raise JpeftError("a QuantizedLinear takes no out_sharding; constrain its output instead")
         bias = None if self.bias is None else self.bias[...]
         dtype = self.dtype or jnp.result_type(inputs, jnp.dtype(self.weight_dtype), *([] if bias is None else [bias]))
-        y = matmul(inputs.astype(dtype), self.quantized.unfolded(), self.precision)
+        y = matmul(inputs.astype(dtype), self._unfolded(), self.precision, False, self.gathered)
         return y if bias is None else y + bias.astype(dtype)
+
+    def _unfolded(self) -> QuantizedKernel:
+        kernel = self.quantized
+        if not self.stored or kernel.unfolded() is kernel:
+            return kernel.unfolded()
+        # The 8-bit groups of the scales run across the shards: as bytes all scales are small.
+        whole = NamedSharding(self.stored[0][1].mesh, PartitionSpec())
+        return _laid_out(_laid_out(kernel, (("scale_codes", whole),)).unfolded(), self.stored)
 
     def weight_shape(self) -> tuple[int, ...]:
         """Lead + [in, out]."""

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpeft import paths, surgery
 from jpeft.partition import value_of, variables
+from jpeft.sharding.mesh import batch_sharding
 from jpeft.sharding.rules import Resolver, Rules
 from jpeft.variables import AdapterBuffer, AdapterIds, DropoutKey, Trainable
 
@@ -66,6 +67,10 @@ def shard(model: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
 
     Of an abstract model the arrays become abstract arrays with their sharding, with which `jax.jit(...).lower` compiles
     for a mesh that is not there.
+
+    A module that defines `on_mesh(rows, own)` is told how the rows of a batch lie (a NamedSharding) and its own
+    variables ({name: PartitionSpec}), so that it can constrain what it computes; the models and the quantised layers
+    of this library do.
     """
     where = specs(model, mesh, rules)
     graphdef, state = nnx.split(model)
@@ -73,7 +78,23 @@ def shard(model: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
     for path, variable in nnx.to_flat_state(state):
         value = placed_value(value_of(variable), NamedSharding(mesh, where[path]))
         placed.append((path, variable.replace(value) if isinstance(variable, nnx.Variable) else value))
-    return nnx.merge(graphdef, nnx.from_flat_state(placed))
+    made = nnx.merge(graphdef, nnx.from_flat_state(placed))
+    tell(made, mesh, where)
+    return made
+
+
+def tell(model: nnx.Module, mesh: Mesh, where: Mapping[surgery.Path, PartitionSpec]) -> None:
+    """Tells each module that defines `on_mesh(rows, own)` how the rows of a batch lie, and its own variables.
+
+    where: as from `specs`. Modules use this to say how what they compute lies, which the compiler cannot know.
+    """
+    own: dict[surgery.Path, dict[str, PartitionSpec]] = {}
+    for path, spec in where.items():
+        own.setdefault(path[:-1], {})[str(path[-1])] = spec
+    for path, module in surgery.modules(model):
+        tellable: Any = module
+        if hasattr(type(module), "on_mesh"):  # of its own: a wrapper passes on what its base has
+            tellable.on_mesh(batch_sharding(mesh), own.get(path, {}))
 
 
 def placed_value(value: Any, sharding: NamedSharding) -> Any:
