@@ -288,6 +288,8 @@ def _together(config: Config, children: Mapping[str, Node]) -> Faults:
 
     for key, message in _task_faults(config):
         fault(key, message)
+    if not faults:
+        faults += _metric_faults(config, children)
     if config.model.pooling is not None and data.label is None:
         fault("label", "required: model.pooling is for classification")
     if sum(value is not None for value in (data.test_source, data.test_split)) and data.test_size is not None:
@@ -295,6 +297,35 @@ def _together(config: Config, children: Mapping[str, Node]) -> Faults:
     if data.test_size is not None and data.test_size >= 1 and not float(data.test_size).is_integer():
         fault("test_size", f"{data.test_size} is neither a number of rows nor a fraction below 1")
     return faults
+
+
+def _metric_faults(config: Config, children: Mapping[str, Node]) -> Faults:
+    """A fault for each metric that the task does not have."""
+    from train.metrics import METRICS
+    from train.tasks import task_of
+
+    names, task = config.evaluation.metrics, task_of(config.data, config.model.task)
+    if names is None:
+        return []
+    known = dict.fromkeys([*METRICS.get(task.measure or "", ()), *task.metrics, "loss"])
+    where, none = children["evaluation"].where, task.writes and config.evaluation.answers == "none"
+    return [
+        Fault(where, "evaluation.metrics", said)
+        for said in [
+            *(
+                f"{name!r} is no metric of {task.name}; did you mean {nearest(name, known, 1)[0]}? (there are "
+                f"{', '.join(known)})"
+                for name in names
+                if name not in known
+            ),
+            *(
+                f"{name} scores answers, and evaluation.answers is none"
+                for name in names
+                if none and name in METRICS["texts"]
+            ),
+            *(["the list is empty; leave it out for the default ones"] if not names else []),
+        ]
+    ]
 
 
 def _task_faults(config: Config) -> Iterator[tuple[str, str]]:
@@ -321,7 +352,12 @@ def _task_faults(config: Config) -> Iterator[tuple[str, str]]:
         if key in given and key not in uses and key not in marks:
             users = [kind for kind in TASKS.values() if key in kind.data_keys()]
             needed = " or ".join(dict.fromkeys(f"data.{kind.required[0]}" for kind in users))
-            yield key, f"does not go with {marks[0]}" if key == "text" else f"needs {needed} beside it"
+            if key == "text":
+                yield key, f"does not go with {marks[0]}"
+            elif marks[0] in {kind.required[0] for kind in users}:
+                yield key, f"is not for data.problem_type {data.problem_type}"
+            else:
+                yield key, f"needs {needed} beside it"
     heads = list(dict.fromkeys(kind.head for kind in kinds))
     if head is not None and head not in heads:
         yield marks[0], f"is for {' or '.join(heads)}; model.task is {head}"

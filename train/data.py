@@ -46,6 +46,11 @@ class TaskData:
         """How one value in the form of `right` for each held-out example reads."""
         return [self.kind.shown(value, row) for value, row in zip(values, self._rows, strict=True)]
 
+    def guesses(self, outputs: list[Any]) -> list[Any]:
+        """What the model's output for each held-out example is, as metrics take it."""
+        rows = zip(outputs, self.test, self._rows, strict=True)
+        return [self.kind.guess(output, example, row) for output, example, row in rows]
+
     @functools.cached_property
     def _rows(self) -> list[dict[str, Any]]:
         return [self.test_rows.dataset[example.row] for example in self.test]

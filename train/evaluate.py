@@ -82,9 +82,9 @@ class Evaluator:
         if kind.writes and answers and self.answers != "none":
             said = self._choose(adapter) if self.answers == "choose" else self._generate(adapter)
         elif kind.measure is not None and not kind.writes:
-            said = [kind.guess(output, example) for output, example in zip(outputs, test, strict=True)]
+            said = self._task.guesses(outputs)
         metrics = {}
-        for name in kind.metrics:
+        for name in self._evaluation.metrics or kind.default_metrics:
             if name in ("loss", "perplexity"):
                 metrics[name] = mean if name == "loss" else math.exp(min(mean, 700.0))
             elif said and kind.measure is not None:

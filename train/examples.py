@@ -171,6 +171,41 @@ class Reader:
             Example(ids, np.zeros(len(ids), bool), row, label, None if types is None else np.asarray(types, np.int32))
         ]
 
+    def tagged(self, words: Sequence[str], tags: Sequence[int], row: int) -> list[Example]:
+        """Words with a tag each. label: int32 [2, T], a word's tag and its number at its first sub-word, else -100."""
+        if not words:
+            self.counts["rows without words left out"] += 1
+            return []
+        made = self.tokenizer(
+            " ".join(words),
+            truncation=True,
+            max_length=self.max_length,
+            return_offsets_mapping=True,
+            return_token_type_ids=self.types,
+        )
+        label = np.full((2, len(made.input_ids)), -100, np.int32)
+        begins = np.cumsum([0, *(len(word) + 1 for word in words)])  # of each word in the text
+        seen, last = 0, -1
+        for at, (begin, end) in enumerate(made.offset_mapping):
+            # A token may begin with the blank before its word, and special tokens are of no characters.
+            word = int(np.searchsorted(begins, end, side="left")) - 1
+            if end > begin and word > last:
+                label[:, at] = tags[word], word
+                seen, last = seen + 1, word
+        whole = (
+            len(made.input_ids) < self.max_length or len(self.tokenizer(" ".join(words)).input_ids) <= self.max_length
+        )
+        read = len(words) if whole else last + 1
+        self.counts["words behind data.max_length, cut"] += len(words) - read
+        self.counts["words without a token of their own, whose tags are not learnt"] += read - seen
+        if not seen:
+            self.counts["rows without a word that has a token left out"] += 1
+            return []
+        ids, types = np.asarray(made.input_ids, np.int32), made.get("token_type_ids") if self.types else None
+        return [
+            Example(ids, np.zeros(len(ids), bool), row, label, None if types is None else np.asarray(types, np.int32))
+        ]
+
     def _render(
         self,
         messages: Sequence[Mapping[str, str]],

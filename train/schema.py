@@ -29,8 +29,8 @@ class ModelConfig(Section):
         "HuggingFaceTB/SmolLM2-135M, or package:NAME/PATH for files inside an installed Python package",
     )
     tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the model")
-    task: Literal["causal-lm", "sequence-classification"] | None = Field(
-        None, description="which head; default: the one the checkpoint names"
+    task: Literal["causal-lm", "sequence-classification", "token-classification"] | None = Field(
+        None, description="which head; default: the one that the columns of data are for"
     )
     pooling: Literal["mean"] | None = Field(
         None,
@@ -49,7 +49,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Rows to train on and rows held out; label, completion or messages decide what kind of rows they are."""
+    """Rows to train on and rows held out; label, tags, completion or messages decide what is learnt of them."""
 
     source: str = Field(
         description="json, jsonl, csv or parquet file, a hub id, or package:NAME/DATASET "
@@ -66,6 +66,12 @@ class DataConfig(Section):
     text_pair: str | None = Field(None, description="column with the second text of a pair (classification)")
     label: str | None = Field(None, description="column with the label (classification)")
     labels: list[str] | None = Field(None, description="all labels in order; default: those to train on, sorted")
+    problem_type: Literal["single-label", "multi-label", "regression"] | None = Field(
+        None,
+        description="what a label is: one of several classes (default), a list of those that hold, or a number",
+    )
+    tokens: str | None = Field(None, description="column with the words, a list (token classification)")
+    tags: str | None = Field(None, description="column with the tag of each word, a list (token classification)")
     prompt: str | None = Field(None, description='column, or a template of columns: "Question: {text}\\nAnswer:"')
     completion: str | None = Field(None, description='column or template of what is learnt: " {answer}"')
     messages: str | None = Field(None, description="column with chat messages (a list of role and content)")
@@ -104,6 +110,12 @@ class EvaluationConfig(Section):
         "generate",
         description="prompt/completion: exact match of what is generated, or of the likeliest of all completions in "
         "the training rows (choose), or loss only (none)",
+    )
+    metrics: list[str] | None = Field(
+        None,
+        description="names of metrics, the one that matters first: accuracy, macro_f1, f1, matthews; micro_f1, "
+        "exact_match (multi-label); pearson, spearman, rmse, mae; span_f1, span_precision, span_recall, "
+        "token_accuracy; exact_match, bleu, chrf, rouge1, rouge2, rougeL (completions); perplexity; default: by task",
     )
     samples: Count = Field(
         6, description="held-out rows shown with the answers before and after; report.html has 4 times as many"

@@ -117,6 +117,33 @@ def test_one_rule_for_files_and_overrides(config_file: Callable[..., Path], over
         ("  text: text", "  prompt: p", ["data.prompt: needs data.completion"]),
         ("  text: text", "  split: x", ["data.text: required"]),
         ("  text: text", "  text: text\n  label: l\n  messages: m", ["label and messages are given"]),
+        (
+            "  text: text",
+            "  text: text\n  tags: t",
+            ["data.text: does not go with tags", "data.tokens: required beside"],
+        ),
+        ("  text: text", "  text: text\n  text_pair: t", ["data.text_pair: needs data.label beside it"]),
+        ("  text: text", "  text: text\n  tokens: t", ["data.tokens: needs data.tags beside it"]),
+        (
+            "  text: text",
+            "  text: text\n  label: l\n  labels: [a]\n  problem_type: regression",
+            ["data.labels: is not for data.problem_type regression"],
+        ),
+        (
+            "  source: some/model",
+            "  source: a\n  task: token-classification",
+            ["data.text: is for causal-lm; model.task is token-classification"],
+        ),
+        (
+            "training:",
+            "evaluation:\n  metrics: [accurcy]\ntraining:",
+            ["evaluation.metrics: 'accurcy' is no metric of text; did you mean", "perplexity"],
+        ),
+        (
+            "  text: text",
+            "  prompt: p\n  completion: c\nevaluation:\n  metrics: [bleu, loss]\n  answers: none",
+            ["evaluation.metrics: bleu scores answers, and evaluation.answers is none"],
+        ),
         ("  text: text", "  text: text\n  test_size: 1.5", ["data.test_size: 1.5 is neither"]),
         ("  source: some/model", "  source: a\n  pooling: mean", ["data.label: required: model.pooling"]),
         ("  targets: [q_proj]", "  targets: &a [q_proj]\n  exclude: *a", ["alias *a"]),

@@ -6,11 +6,25 @@ from train.schema import DataConfig
 from train.tasks.chat import Chat
 from train.tasks.classification import Classification
 from train.tasks.completion import Completion
+from train.tasks.multi_label import MultiLabel
+from train.tasks.regression import Regression
 from train.tasks.task import Task, check_columns
 from train.tasks.text import Text
+from train.tasks.token_classification import TokenClassification
 
 # Where several tasks have the same columns, the first is the default, and `model.task` names the head of another.
-TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Classification, Completion, Chat, Text)}
+TASKS: dict[str, type[Task]] = {
+    kind.name: kind
+    for kind in (
+        Classification,
+        MultiLabel,
+        Regression,
+        TokenClassification,
+        Completion,
+        Chat,
+        Text,
+    )
+}
 
 # The keys of `data:` that decide on the task, `text` only where there is no other.
 MARKS = tuple(dict.fromkeys(kind.required[0] for kind in TASKS.values()))

@@ -15,6 +15,7 @@ import optax
 from jpeft.errors import JpeftError, nearest
 from train.batches import IGNORED, Window, arrays, edges
 from train.examples import Example, Reader
+from train.schema import DataConfig
 from train.sources import Rows
 from train.step import inputs
 from train.tasks.task import Arrays, Read, Task, missing, text_of
@@ -76,9 +77,13 @@ class Classification(SequenceTask):
     """Cross-entropy over the classes."""
 
     name = "classification"
-    settings = ("labels",)
+    settings = ("labels", "problem_type")
     measure = "classes"
     metrics = ("accuracy", "macro_f1")
+
+    @classmethod
+    def described_by(cls, data: DataConfig) -> bool:
+        return super().described_by(data) and data.problem_type in (None, "single-label")
 
     def find_labels(self, train: Rows) -> tuple[str, ...]:
         data = self.data
@@ -112,7 +117,7 @@ class Classification(SequenceTask):
         each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["labels"], 0))
         return each * batch["weights"], jnp.argmax(logits, -1)
 
-    def guess(self, output: np.ndarray, example: Example) -> int:
+    def guess(self, output: np.ndarray, example: Example, row: Mapping[str, Any]) -> int:
         return int(output)
 
     def right(self, example: Example, row: Mapping[str, Any]) -> int:
@@ -143,7 +148,10 @@ def labels_in(values: Sequence[Any], column: str, name: str) -> tuple[str, ...]:
     if len(found) < 2:
         raise JpeftError(f"{name}: column {column!r} has {len(found)} different labels in the training rows; 2 needed")
     if len(found) > 1000:
-        raise JpeftError(f"{name}: column {column!r} has {len(found)} different values; is it the label?")
+        raise JpeftError(
+            f"{name}: column {column!r} has {len(found)} different values; is it the label? (Numbers to be "
+            "predicted need data.problem_type: regression)"
+        )
     if all(isinstance(value, int | float) for value in found):
         return tuple(str(value) for value in sorted(found))
     names = sorted(map(str, found))

@@ -109,7 +109,12 @@ class Task:
 
     # Scores
 
-    def guess(self, output: np.ndarray, example: Example) -> Any:
+    @property
+    def default_metrics(self) -> tuple[str, ...]:
+        """The metrics of a run that names none."""
+        return self.metrics
+
+    def guess(self, output: np.ndarray, example: Example, row: Mapping[str, Any]) -> Any:
         """What the model's prediction for an example is to a metric."""
         raise NotImplementedError
 
@@ -180,7 +185,10 @@ def check_columns(task: Task, rows: Rows) -> None:
                 raise JpeftError(
                     f"{rows.place(at)}: column {column!r}, which data.{key} uses, holds {kind_of(value)}, not a list"
                 )
+            hint = " (lists of labels need data.problem_type: multi-label)" * (
+                key == "label" and isinstance(value, list)
+            )
             raise JpeftError(
                 f"{rows.place(at)}: column {column!r}, which data.{key} uses, holds {kind_of(value)}, not "
-                f"text; make it text in the file, or name another column"
+                f"text; make it text in the file, or name another column{hint}"
             )

@@ -1,0 +1,198 @@
+"""Tasks beside classification and language modelling: rows, labels, losses, and whole runs on tiny random models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+import jpeft
+from jpeft import JpeftError
+from tests.train.conftest import make_tokenizer
+from train import data as task_data
+from train import use
+from train.batches import Batches, Window
+from train.display import Display
+from train.examples import Reader
+from train.run import Result, train
+from train.schema import DataConfig
+from train.tasks import TASKS, task_of
+
+COLOURS = ("red", "green", "blue")
+
+
+def run(
+    config_file: Callable[..., Path], model: Path, data: str, folder: Path, more: str = "", task: str = ""
+) -> Result:
+    text = (
+        f"model: {{source: {model}{task}}}\n"
+        "method: {name: lora, rank: 4, targets: all-linear}\n"
+        f"data: {{{data}, test_size: 12, max_length: 32}}\n"
+        "training: {epochs: 4, batch_size: 8, learning_rate: 2e-2}\n"
+        f"{more}"
+        f"output: {{folder: {folder}}}\n"
+    )
+    return train(config_file(text), display=Display(Console(quiet=True)))
+
+
+def prepared(max_length: int = 64, head: str | None = None, **given: Any) -> task_data.TaskData:
+    data, train_rows, test_rows = task_data.read(DataConfig(**given), head)
+    return task_data.prepare(task_of(data, head), train_rows, test_rows, make_tokenizer(), max_length, types=False)
+
+
+def test_the_first_sub_word_carries_the_tag() -> None:
+    for bos in (False, True):
+        reader = Reader(make_tokenizer(bos=bos), 64)
+        (example,) = reader.tagged(["the", "zebra", "xx", "red"], [3, 1, 2, 0], 7)
+        tokens = reader.tokenizer.convert_ids_to_tokens(example.ids)
+        tags, words = example.label
+        carrying = [(tokens[at], int(tags[at]), int(words[at])) for at in np.flatnonzero(tags >= 0)]
+        assert [(tag, word) for _, tag, word in carrying] == [(3, 0), (1, 1), (2, 2), (0, 3)]
+        assert carrying[0][0] == "the"
+        assert carrying[3][0] == "\u0120red"
+        assert len(tokens) > 8  # the words in between have several tokens each
+        assert not example.targets.any()
+        assert not +reader.counts
+
+
+def test_words_that_are_not_seen_are_counted_and_scored_as_outside(jsonl: Callable[..., Path]) -> None:
+    rows = [{"words": ["red", "blue", "the"] * 3, "tags": ["B-x", "I-x", "O"] * 3} for _ in range(6)]
+    task = prepared(4, source=str(jsonl(rows)), tokens="words", tags="tags", test_size=2)
+    assert task.kind.labels == ("B-x", "I-x", "O")
+    assert task.counts["training"] == {"words behind data.max_length, cut": 4 * 5}
+    assert task.right[0] == ["B-x", "I-x", "O"] * 3
+    output = np.array([0, 1, 0, 1])
+    assert task.guesses([output, output])[0] == ["B-x", "I-x", "B-x", "I-x", "O", "O", "O", "O", "O"]
+    assert task.shown([["B-x", "I-x", "O"] * 3] * 2)[0] == "red blue [x], red blue [x], red blue [x]"
+    assert task.kind.default_metrics == ("span_f1", "token_accuracy")
+    reader = Reader(make_tokenizer(), 8)
+    assert reader.tagged([], [], 0) == []
+    assert +reader.counts == {"rows without words left out": 1}
+
+
+def test_tags_are_text_or_numbers_of_names(tmp_path: Path) -> None:
+    names = ["O", "B-x", "I-x"]
+    features = datasets.Features(
+        {"words": datasets.List(datasets.Value("string")), "tags": datasets.List(datasets.ClassLabel(names=names))}
+    )
+    rows = [{"words": ["the", "red", "one"], "tags": [0, 1, 2]} for _ in range(8)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    task = prepared(source=str(tmp_path / "rows.parquet"), tokens="words", tags="tags", test_size=2)
+    assert task.kind.labels == tuple(names)
+    assert task.right[0] == ["O", "B-x", "I-x"]
+    assert task.train[0].label[0].max() == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "said"),
+    [
+        ({"words": ["a", "the"], "tags": ["O"]}, {}, "line 9: 2 words in column 'words', 1 tags in column 'tags'"),
+        ({"words": ["a"], "tags": None}, {}, "line 9: 1 words in column 'words', 0 tags"),
+        ({"words": [None], "tags": ["O"]}, {}, "line 9: column 'words' has null among its words"),
+        ({"words": ["a"], "tags": ["Q"]}, {"labels": ["O", "B-x"]}, "line 9: unknown label 'Q'; the labels are O, B-x"),
+        ({"words": ["a"], "tags": ["O"]}, {"tokens": "text"}, "column 'text', which data.tokens uses, holds text, not"),
+    ],
+)
+def test_faults_in_tagged_rows(jsonl: Callable[..., Path], row: Any, given: Any, said: str) -> None:
+    good = {"words": ["a", "red"], "tags": ["O", "B-x"], "text": "a"}
+    path, held = jsonl([*[good] * 8, row]), jsonl([good], "held.jsonl")
+    with pytest.raises(JpeftError) as caught:
+        prepared(**{"source": str(path), "test_source": str(held), "tokens": "words", "tags": "tags", **given})
+    assert said in str(caught.value)
+
+
+def test_a_run_that_tags_words(bert: Path, jsonl: Callable[..., Path], config_file: Any, tmp_path: Path) -> None:
+    rows = []
+    for number in range(48):
+        colour = COLOURS[number % 3]
+        tag = {"red": "B-warm", "green": "O", "blue": "B-cold"}[colour]
+        rows.append({"words": ["is", "the", colour, "xq", "one"], "tags": ["O", "O", tag, f"I{tag[1:]}", "O"]})
+        if tag == "O":
+            rows[-1]["tags"][3] = "O"
+    folder = tmp_path / "run"
+    result = run(config_file, bert, f"source: {jsonl(rows)}, tokens: words, tags: tags", folder)
+    assert list(result.after.metrics) == ["span_f1", "token_accuracy", "loss"]
+    assert result.after.metrics["span_f1"] > max(0.9, result.before.metrics["span_f1"])
+    assert list(use.generate(folder, ["is the red xq one"])) == ["red xq [warm]"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["courses"]["learnt"] > 0
+    assert "red xq [warm]" in {sample["wanted"] for sample in summary["samples"]}
+    list(use.merge(folder, tmp_path / "merged"))
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["id2label"] == {"0": "B-cold", "1": "B-warm", "2": "I-cold", "3": "I-warm", "4": "O"}
+
+
+def test_a_run_with_several_labels(bert: Path, jsonl: Callable[..., Path], config_file: Any, tmp_path: Path) -> None:
+    choices = [[], ["red"], ["blue"], ["blue", "red"]]
+    rows = [{"text": " ".join(["is", *(labels := choices[n % 4])]), "label": labels} for n in range(48)]
+    data = f"source: {jsonl(rows)}, text: text, label: label"
+    with pytest.raises(JpeftError, match=r"holds a list, .*data\.problem_type: multi-label"):
+        run(config_file, bert, data, tmp_path / "run")
+    result = run(config_file, bert, f"{data}, problem_type: multi-label", tmp_path / "run", task=", pooling: mean")
+    assert list(result.after.metrics) == ["micro_f1", "macro_f1", "exact_match", "loss"]
+    assert result.after.metrics["micro_f1"] > max(0.9, result.before.metrics["micro_f1"])
+    (said,) = use.generate(tmp_path / "run", ["is blue red"])
+    assert said.split()[::2] == ["blue", "red"]
+    null = jsonl([*rows, {"text": "a", "label": None}], "null.jsonl")
+    with pytest.raises(JpeftError, match=r"null\.jsonl, line 49: the labels are missing"):
+        prepared(source=str(null), test_source=str(jsonl(rows)), text="text", label="label", problem_type="multi-label")
+
+
+def test_a_run_that_predicts_numbers(bert: Path, jsonl: Callable[..., Path], config_file: Any, tmp_path: Path) -> None:
+    rows = [{"text": f"is {COLOURS[n % 3]}", "label": str(0.5 * (n % 3))} for n in range(48)]
+    data = f"source: {jsonl(rows)}, text: text, label: label, problem_type: regression"
+    more = "evaluation: {metrics: [rmse, pearson]}\n"
+    result = run(config_file, bert, data, tmp_path / "run", more, task=", pooling: mean")
+    assert list(result.after.metrics) == ["rmse", "pearson", "loss"]
+    assert result.after.metrics["pearson"] > max(0.9, result.before.metrics["pearson"])
+    assert result.after.metrics["rmse"] ** 2 == pytest.approx(result.after.metrics["loss"], rel=1e-4)
+    (said,) = use.generate(tmp_path / "run", ["is blue"])
+    assert abs(float(said) - 1.0) < 0.3
+    odd = jsonl([*rows, {"text": "a", "label": "much"}], "odd.jsonl")
+    with pytest.raises(JpeftError, match=r"odd\.jsonl, line 49: column 'label' holds 'much', not a number"):
+        prepared(source=str(odd), test_source=str(jsonl(rows)), text="text", label="label", problem_type="regression")
+
+
+def test_the_losses_are_the_plain_formulas(bert: Path, jsonl: Callable[..., Path]) -> None:
+    """And a row that only fills up a batch weighs nothing."""
+    rows = [
+        {"text": "is red", "set": ["x"], "number": 0.5, "words": ["is", "xq"], "tags": ["O", "B-x"]},
+        {"text": "blue", "set": ["x", "y"], "number": -1.0, "words": ["red", "one"], "tags": ["B-x", "O"]},
+        {"text": "the", "set": [], "number": 2.0, "words": ["a"], "tags": ["O"]},
+    ]
+    path, held = str(jsonl(rows)), str(jsonl(rows[:1], "held.jsonl"))
+    shared = {"source": path, "test_source": held}
+    kinds: dict[str, dict[str, Any]] = {
+        "multi-label": {"text": "text", "label": "set", "problem_type": "multi-label"},
+        "regression": {"text": "text", "label": "number", "problem_type": "regression"},
+        "token-classification": {"tokens": "words", "tags": "tags"},
+    }
+    for name, given in kinds.items():
+        task = prepared(**shared, **given)
+        assert type(task.kind) is TASKS[name]
+        model = jpeft.models.load(bert, task=task.kind.head, num_labels=task.kind.outputs, rngs=nnx.Rngs(0))
+        batch = Batches(task.kind, task.train)(Window((0, 1, 2), 16), 4)
+        losses, found = task.kind.losses(model, {key: jnp.asarray(value) for key, value in batch.items()})
+        assert float(losses[3]) == batch["weights"][3] == 0.0
+        for at, example in enumerate(task.train):
+            logits = np.asarray(model(jnp.asarray(example.ids)[None])[0], np.float64)
+            if name == "regression":
+                wanted, weight = (logits[0] - example.label) ** 2, 1
+            elif name == "multi-label":
+                shares, weight = 1 / (1 + np.exp(-logits)), 1
+                wanted = -np.mean(np.log(np.where(example.label > 0, shares, 1 - shares)))
+                assert found[at].tolist() == (logits > 0).tolist()
+            else:
+                learnt = np.flatnonzero(example.label[0] >= 0)
+                shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+                wanted, weight = -np.log(shares[learnt, example.label[0][learnt]]).sum(), len(learnt)
+            np.testing.assert_allclose(losses[at], wanted, rtol=1e-4)
+            assert batch["weights"][at] == weight
