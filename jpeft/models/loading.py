@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jpeft import paths, surgery
 from jpeft.errors import JpeftError
@@ -26,9 +27,11 @@ from jpeft.models.config import Config, read_json
 from jpeft.models.families import Family, Slot, check_task, default_task, family, parse_config, slots
 from jpeft.models.model import Model
 from jpeft.models.packed import PackedSource, formats_of, open_packed
+from jpeft.models.reading import Placement, placed, plan, read, read_packed
 from jpeft.models.tensors import SafetensorsFolder, TensorInfo, TensorSource
-from jpeft.quant import Format, QuantizedKernel, format_of
+from jpeft.quant import Format, format_of
 from jpeft.quant.linear import in_place_of, targeted
+from jpeft.sharding import Rules
 from jpeft.variables import Trainable, retype
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,6 +51,8 @@ def load(
     rngs: nnx.Rngs | None = None,
     revision: str | None = None,
     quantize: Format | str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
 ) -> Model:
     """A pretrained model.
 
@@ -62,6 +67,9 @@ def load(
     as they are read, so that the model is never held in full precision. "keep": the blocks of a .gguf file (Q4_0, Q4_1,
     Q8_0) stay as they are; without it they are dequantised. Checkpoints of bitsandbytes, GPTQ and AWQ (4 bits) are
     always kept as they are.
+
+    mesh, rules: as in `jpeft.shard`, of which the result is the same, but each process reads and holds only the slices
+    that its devices own. (What is quantised on the way is read whole, one tensor at a time.)
 
     Raises JpeftError for a source that cannot be read or trusted, and for missing, unexpected and wrongly shaped
     tensors, all of them at once.
@@ -80,7 +88,8 @@ def load(
         lambda: _build(found, config, task, target, pooling, remat, attention, nnx.Rngs(0)),
     )
     packing = _packing(abstract, found, tensors, quantize)
-    return _fill(abstract, found, tensors, target, rngs or nnx.Rngs(0), relabelled, packing)
+    placement = plan(abstract, packing, target, mesh, rules)
+    return _fill(abstract, found, tensors, target, rngs or nnx.Rngs(0), relabelled, packing, placement)
 
 
 def from_config(
@@ -275,6 +284,7 @@ def _fill(
     rngs: nnx.Rngs,
     relabelled: bool,
     packing: Mapping[surgery.Path, Format],
+    placement: Placement,
 ) -> Model:
     tensors = source.tensors
     wanted = slots(model, found)
@@ -313,43 +323,27 @@ def _fill(
         variable = variables[slot.path]
         if _is_packed(slot, packing) and slot.path[0] not in new:
             form = packing[slot.path[:-1]]
-            kernel = _read_packed(source, slot, stored[slot.path], form, dtype)
+            kernel = read_packed(source, slot, stored[slot.path], form, dtype, placement)
             packed[slot.path[:-1]] = functools.partial(in_place_of, kernel=kernel, compute_dtype=form.compute_dtype)
             value = variable  # still abstract; its module is replaced below
         elif slot.path[0] in new:
-            value = variable.replace(_fresh(key, slot.key, variable.get_value().shape, model.config.initializer_range))
+            fresh = _fresh(key, slot.key, variable.get_value().shape, model.config.initializer_range)
+            at = placement.at(slot.path)
+            value = variable.replace(fresh if at is None else placed(fresh.shape, at, np.asarray(fresh).__getitem__))
         else:
-            value = variable.replace(_read(source, slot, stored[slot.path], variable.get_value().shape, dtype))
+            shape = variable.get_value().shape
+            value = variable.replace(read(source, slot, stored[slot.path], shape, dtype, placement.at(slot.path)))
             value = retype(value, nnx.Param) if isinstance(value, Trainable) else value
         filled.append((slot.path, value))
     made: Any = nnx.merge(graphdef, nnx.from_flat_state(filled))
     if packed:
         made = surgery.replace(made, packed)
+    placement.tell(made)
     return made
 
 
 def _is_packed(slot: Slot, packing: Mapping[surgery.Path, Format]) -> bool:
     return slot.path[:-1] in packing and slot.path[-1] == "kernel"
-
-
-def _read_packed(source: Any, slot: Slot, names: list[str], form: Format, dtype: Any) -> QuantizedKernel:
-    """One quantised kernel, tensor by tensor: kept as stored, or quantised from `dtype`."""
-    whole: dict[str, np.ndarray] = {}
-    for index, name in enumerate(names):
-        if formats_of(source).get(name) == form:
-            kernel = source.read_packed(name)
-        else:
-            tensor = source.read(name).astype(dtype)
-            try:
-                kernel = form.quantize(np.swapaxes(tensor, -1, -2) if slot.transpose else tensor)
-            except JpeftError as error:
-                raise JpeftError(f"{source.where}: {name!r}: {error}") from None
-        for key, array in kernel.arrays.items():
-            lead = (len(names),) if slot.stacked else ()
-            rows = whole.setdefault(key, np.empty((*lead, *array.shape), array.dtype))
-            rows[(index,) if slot.stacked else ...] = np.asarray(array)
-    arrays = {key: jnp.asarray(array) for key, array in whole.items()}
-    return QuantizedKernel(arrays, form.bare(), kernel.shape, jnp.dtype(dtype).name)
 
 
 def _stored_name(model: Model, found: Family, name: str, tensors: Mapping[str, Any]) -> str:
@@ -382,11 +376,3 @@ def _fresh(key: Any, name: str, shape: tuple[int, ...], stddev: float) -> jax.Ar
     if kind == "scale":
         return jnp.ones(shape, jnp.float32)
     return stddev * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), shape, jnp.float32)
-
-
-def _read(source: TensorSource, slot: Slot, names: list[str], shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    whole = np.empty(shape, dtype)
-    for row, name in zip(whole if slot.stacked else [whole], names, strict=True):
-        tensor = source.read(name)
-        row[...] = np.swapaxes(tensor, -1, -2) if slot.transpose else tensor
-    return jnp.asarray(whole)

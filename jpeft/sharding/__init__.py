@@ -8,7 +8,7 @@ Everything after that is plain `jax.jit`: the compiler inserts the collectives.
 """
 
 from jpeft.sharding.mesh import AXES, BATCH, batch_sharding, make_mesh, shard_batch
-from jpeft.sharding.placing import Shardings, optimizer_shardings, shard, shardings
+from jpeft.sharding.placing import Shardings, optimizer_shardings, shard, shardings, specs, tell
 from jpeft.sharding.rules import Rules
 
 __all__ = [
@@ -22,4 +22,6 @@ __all__ = [
     "shard",
     "shard_batch",
     "shardings",
+    "specs",
+    "tell",
 ]
