@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from jpeft.baking import bake
 from jpeft.describe import Description, describe
 from jpeft.errors import JpeftError
+from jpeft.eva_start import eva
 from jpeft.fusing import fuse
+from jpeft.loftq_start import loftq
 from jpeft.merge import merge, strip
 from jpeft.methods import (
     IA3,
@@ -130,6 +132,7 @@ __all__ = [
     "compose",
     "describe",
     "drop_adapters",
+    "eva",
     "fuse",
     "generate",
     "insert_prompt",
@@ -137,6 +140,7 @@ __all__ = [
     "load_adapter",
     "load_adapterhub",
     "load_peft",
+    "loftq",
     "make_mesh",
     "merge",
     "models",

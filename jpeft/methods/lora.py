@@ -29,7 +29,7 @@ from jpeft.errors import JpeftError
 from jpeft.methods import fields
 from jpeft.methods.low_rank import FORMS, LoRAWrapper
 from jpeft.methods.method import refuse_second
-from jpeft.methods.starts import INITS
+from jpeft.methods.starts import FROM_ELSEWHERE, INITS
 from jpeft.methods.targeted import Targeted, covered, lead_of
 from jpeft.paths import Node
 from jpeft.targets import ALL_LINEAR, Pattern, prefix_of
@@ -47,7 +47,8 @@ class LoRA(Targeted):
     rank_pattern, alpha_pattern: {name or regular expression: value}, the first fitting entry decides; rank 0 leaves a
         module as it is. Works per layer: `{"layers.0": 4}`.
     init: how A and B start, one of `jpeft.methods.starts.INITS`: "kaiming" (as in the paper's code), "gaussian",
-        "orthogonal" (even ranks), "pissa" and "olora" (from the weight; the model still starts as the base).
+        "orthogonal" (even ranks), "pissa" and "olora" (from the weight; the model still starts as the base), "loftq"
+        and "eva" (through the functions `jpeft.loftq` and `jpeft.eva`, which are given what these need).
     dtype: of A and B; they are cast to the base's output dtype where they are used.
     name: under which the variables are keyed: `<module path>/<name>/a` and `/b`.
 
@@ -109,6 +110,8 @@ class LoRA(Targeted):
             raise JpeftError(f"{type(self).__name__}: init='orthogonal' needs even ranks, found {odd[0]}")
 
     def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
+        if self.init in FROM_ELSEWHERE:
+            raise JpeftError(f"{type(self).__name__}: init={self.init!r} needs {FROM_ELSEWHERE[self.init]}")
         chosen = self.resolve(model)
         prefix = prefix_of(model)
         ranks = Pattern(self.rank_pattern, field="rank_pattern", method=type(self).__name__)

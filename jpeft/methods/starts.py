@@ -7,6 +7,8 @@
 | "orthogonal" | normal times alternate rows of a rotation | normal times the other rows | 0 |
 | "pissa" | the r principal components of the weight, shared between a and b | | what they sum to |
 | "olora" | the first r rows of R, of the weight's QR | the first r columns of Q | their product |
+| "loftq" | what quantisation takes from the weight, shared between a and b (`jpeft.loftq`) | | what they sum to |
+| "eva" | the principal components of the layer's inputs (`jpeft.eva`) | 0 | 0 |
 
 PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from a part of the weight, which their papers take out of
 the weight. Here the weight stays as it is, for other adapters and for merging, and the part is taken off in the update:
@@ -23,8 +25,13 @@ from jaxtyping import Array, Float
 
 from jpeft.quant.initialization import principal
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
 FROM_THE_WEIGHT = ("pissa", "olora")
+# What needs more than the model that the method is called on, and how to give it.
+FROM_ELSEWHERE = {
+    "loftq": "the weights before quantisation: jpeft.loftq(model, method, jpeft.NF4(), rngs=0)",
+    "eva": "batches of data: jpeft.eva(model, method, batches, rngs=0)",
+}
 
 
 def from_noise(
