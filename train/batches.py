@@ -26,6 +26,7 @@ class Window:
 
     rows: tuple[int, ...]
     length: int
+    epoch: int = 0
 
 
 def edges(lengths: Sequence[int], most: int = 3) -> tuple[int, ...]:
@@ -55,10 +56,10 @@ def plan(lengths: Sequence[int], buckets: Sequence[int], size: int, seed: int, e
     for number, length in enumerate(buckets):
         rows = left + [int(row) for row in order[where == number]]
         whole = len(rows) // size * size
-        windows += [Window(tuple(rows[start : start + size]), length) for start in range(0, whole, size)]
+        windows += [Window(tuple(rows[start : start + size]), length, epoch) for start in range(0, whole, size)]
         left = rows[whole:]
     if left:
-        windows.append(Window(tuple(left), buckets[-1]))
+        windows.append(Window(tuple(left), buckets[-1], epoch))
     return [windows[index] for index in generator.permutation(len(windows))]
 
 
@@ -72,23 +73,26 @@ def in_order(lengths: Sequence[int], buckets: Sequence[int], size: int) -> list[
     return windows
 
 
-def arrays(examples: Sequence[Example], window: Window, rows: int) -> dict[str, np.ndarray]:
-    """What a model reads of `rows` rows: a window with fewer is filled up with copies of its first row.
+def arrays(examples: Sequence[Example], length: int, rows: int) -> dict[str, np.ndarray]:
+    """What a model reads of `rows` rows of `length` tokens: fewer examples are filled up with copies of the first.
 
-    input_ids, attention_mask: [B, T] int32; token_type_ids likewise if the examples have types.
+    input_ids, attention_mask: [B, T] int32; token_type_ids and segment_ids likewise if the examples have them.
     """
-    chosen = [examples[row] for row in window.rows]
-    chosen += [chosen[0]] * (rows - len(chosen))
-    shape = (rows, window.length)
+    chosen = [*examples, *[examples[0]] * (rows - len(examples))]
+    shape = (rows, length)
     made: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in ("input_ids", "attention_mask")}
     if chosen[0].types is not None:
         made["token_type_ids"] = np.zeros(shape, np.int32)
+    if chosen[0].segments is not None:
+        made["segment_ids"] = np.zeros(shape, np.int32)
     for at, example in enumerate(chosen):
         size = len(example)
         made["input_ids"][at, :size] = example.ids
         made["attention_mask"][at, :size] = 1
         if example.types is not None:
             made["token_type_ids"][at, :size] = example.types
+        if example.segments is not None:
+            made["segment_ids"][at, :size] = example.segments
     return made
 
 
@@ -96,15 +100,16 @@ class Batches:
     """Makes the arrays of a set's batches: what the model reads, and what `task` is to learn of it.
 
     Rows that fill up a batch weigh nothing and have nothing to learn: in targets they are zeros, labels `IGNORED`.
+    seed: of what is drawn for the rows anew in each epoch; without one it is the same in all.
     """
 
-    def __init__(self, task: Task | type[Task], examples: Sequence[Example]):
-        self._task, self._examples = task, examples
+    def __init__(self, task: Task | type[Task], examples: Sequence[Example], seed: int | None = None):
+        self._task, self._examples, self._seed = task, examples, seed
         self._width = task.width(examples)
 
     def __call__(self, window: Window, rows: int) -> dict[str, np.ndarray]:
         """A batch of `rows` rows, of which the window's come first; arrays [B, ...]."""
-        chosen = [self._examples[row] for row in window.rows]
+        chosen = [self._example(row, window.epoch) for row in window.rows]
         made = self._task.targets(chosen, window.length, self._width)
         empty = rows - len(chosen)
         filled = {
@@ -115,7 +120,15 @@ class Batches:
             )
             for name, array in made.items()
         }
-        return {**arrays(self._examples, window, rows), **filled}
+        return {**arrays(chosen, window.length, rows), **filled}
+
+    def _example(self, row: int, epoch: int) -> Example:
+        example = self._examples[row]
+        if not self._task.draws:
+            return example
+        # A key of other length for what does not depend on the epoch: no run trains on the masks it is scored by.
+        key = [row] if self._seed is None else [self._seed, epoch, row]
+        return self._task.drawn(example, np.random.Generator(np.random.PCG64(key)))
 
 
 def split(batch: dict[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:

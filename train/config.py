@@ -333,7 +333,7 @@ def _task_faults(config: Config) -> Iterator[tuple[str, str]]:
     from train.tasks import MARKS, TASKS, possible
 
     data, head = config.data, config.model.task
-    given = {key for key in type(data).model_fields if getattr(data, key) is not None}
+    given = {key for key, field in type(data).model_fields.items() if getattr(data, key) != field.default}
     marks = [mark for mark in MARKS if mark in given and mark != "text"] or ["text"]
     kinds = possible(data) or [TASKS["text"]]
     others = ", ".join(mark for mark in MARKS if mark != "text")
@@ -347,6 +347,10 @@ def _task_faults(config: Config) -> Iterator[tuple[str, str]]:
                 if key != marks[0]
                 else (f"required: the column with the text (or give {others})"),
             )
+    heads = list(dict.fromkeys(kind.head for kind in kinds))
+    if head is not None and head not in heads:
+        yield marks[0], f"is for {' or '.join(heads)}; model.task is {head}"
+    kinds = [kind for kind in kinds if head in (None, kind.head)] or kinds
     uses = {key for kind in kinds for key in kind.data_keys()}
     for key in dict.fromkeys(key for kind in TASKS.values() for key in kind.data_keys()):
         if key in given and key not in uses and key not in marks:
@@ -354,10 +358,9 @@ def _task_faults(config: Config) -> Iterator[tuple[str, str]]:
             needed = " or ".join(dict.fromkeys(f"data.{kind.required[0]}" for kind in users))
             if key == "text":
                 yield key, f"does not go with {marks[0]}"
+            elif key == "packing":
+                yield key, "is for plain text (data.text alone) and causal-lm"
             elif marks[0] in {kind.required[0] for kind in users}:
                 yield key, f"is not for data.problem_type {data.problem_type}"
             else:
                 yield key, f"needs {needed} beside it"
-    heads = list(dict.fromkeys(kind.head for kind in kinds))
-    if head is not None and head not in heads:
-        yield marks[0], f"is for {' or '.join(heads)}; model.task is {head}"

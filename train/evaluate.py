@@ -19,6 +19,7 @@ from train.generation import generate_texts
 from train.metrics import METRICS
 from train.schema import EvaluationConfig
 from train.step import make_scorer
+from train.tasks.completion import Completion
 
 _MOST_CHOICES = 32
 
@@ -54,9 +55,10 @@ class Evaluator:
         self._buckets, self._batch_size = buckets, batch_size
         self._score = make_scorer(self._graphdef, task.kind)
         # Tokens to write before an answer counts as not ending: the longest right one, and its end.
-        longest = max((int(example.targets.sum()) for example in task.test), default=1)
-        self._answer_tokens = longest + 1
-        self._choices = task.kind.choices(task.train_rows) if self.answers == "choose" else ()
+        if isinstance(task.kind, Completion):
+            self._writer = task.kind
+            self._answer_tokens = 1 + max(map(self._writer.learnt, task.test))
+        self._choices = self._writer.choices(task.train_rows) if self.answers == "choose" else ()
         if len(self._choices) > _MOST_CHOICES:
             raise JpeftError(
                 f"evaluation.answers: choose scores every completion of the training rows, of which there are "
@@ -108,9 +110,8 @@ class Evaluator:
 
     def _choose(self, adapter: Any) -> list[str]:
         choices, asked = self._choices, self._task.asked
-        examples = [
-            example for prompt in asked for choice in choices for example in self._reader.completion(prompt, choice, 0)
-        ]
+        choice = self._writer.choice
+        examples = [example for prompt in asked for text in choices for example in choice(self._reader, prompt, text)]
         if len(examples) != len(asked) * len(choices):
             raise JpeftError("evaluation.answers: choose: a prompt with a completion is longer than data.max_length")
         losses = self._run(adapter, examples)[0].reshape(-1, len(choices))
@@ -118,8 +119,7 @@ class Evaluator:
 
     def _generate(self, adapter: Any) -> list[str]:
         model = jpeft.combine(self._graphdef, adapter, self._buffers, self._frozen)
-        # What stands before the first learnt token: the same ids, cut in the same way, as in training.
-        prompts = [example.ids[: max(1, int(np.argmax(example.targets)))] for example in self._task.test]
+        prompts = [self._writer.prompt_ids(example) for example in self._task.test]
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         said = [""] * len(prompts)
         for start in range(0, len(order), self._batch_size):

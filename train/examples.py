@@ -27,6 +27,7 @@ class Example:
 
     ids: [T]. targets: [T] bool, the tokens that a language model learns to predict. row: which row of the data.
     label: what other tasks are to find, in a form of their own. types: [T] token types of a sentence pair, or None.
+    segments: [T] numbers of the texts that are packed into one row, or None.
     """
 
     ids: np.ndarray
@@ -34,6 +35,7 @@ class Example:
     row: int
     label: Any = None
     types: np.ndarray | None = None
+    segments: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -170,6 +172,48 @@ class Reader:
         return [
             Example(ids, np.zeros(len(ids), bool), row, label, None if types is None else np.asarray(types, np.int32))
         ]
+
+    def source(self, prompt: str) -> list[int]:
+        """The ids of a prompt for an encoder, with the tokenizer's own end, at most `max_length`."""
+        made = self.tokenizer(prompt, truncation=True, max_length=self.max_length)
+        return list(made.input_ids)
+
+    def pair(self, prompt: str, completion: str, row: int) -> list[Example]:
+        """A prompt for an encoder; label: what its decoder learns, the completion's ids and the end token."""
+        ids = self.source(prompt)
+        self.counts["rows whose prompt is longer than data.max_length, cut at its end"] += (
+            len(ids) == self.max_length and len(self.tokenizer(prompt).input_ids) > self.max_length
+        )
+        label = list(self.tokenizer(text_target=completion, add_special_tokens=False).input_ids)
+        label = label if label and label[-1] == self.eos else [*label, self.eos]
+        if not ids:
+            self.counts["rows without a prompt left out"] += 1
+            return []
+        if len(label) > self.max_length:
+            self.counts["rows whose completion alone is longer than data.max_length, left out"] += 1
+            return []
+        self.counts["rows with an empty completion, of which only the end is learnt"] += not completion
+        return [Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), row, np.asarray(label, np.int32))]
+
+    def pieces(self, text: str, row: int) -> list[tuple[Example, np.ndarray]]:
+        """A text in pieces of at most `max_length` tokens with the tokenizer's special tokens around each.
+
+        Beside each, the places of tokens that are not special.
+        """
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
+        if room < 1:
+            raise JpeftError(f"data.max_length: {self.max_length} leaves no room beside the special tokens; give more")
+        pieces = self.tokenizer(
+            text, truncation=True, max_length=self.max_length, return_overflowing_tokens=True
+        ).input_ids
+        made = []
+        for ids in pieces:
+            places = np.flatnonzero(~np.isin(ids, self.tokenizer.all_special_ids))
+            if len(places):
+                made.append((Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), row), places))
+        self.counts["rows without text left out"] += not made
+        self.counts["rows longer than data.max_length, split"] += len(pieces) > 1
+        return made
 
     def tagged(self, words: Sequence[str], tags: Sequence[int], row: int) -> list[Example]:
         """Words with a tag each. label: int32 [2, T], a word's tag and its number at its first sub-word, else -100."""

@@ -28,10 +28,11 @@ def generate_texts(
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = 1
+    skipped = 1 if hasattr(model, "encode") else length  # a decoder's start token, or the prompt
     made = jpeft.generate(model, ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=ends, **sampling)
     texts = []
     for row in np.asarray(made):
-        new = [int(token) for token in row[length:]]
+        new = [int(token) for token in row[skipped:]]
         end = next((at for at, token in enumerate(new) if token in ends), len(new))
         texts.append(reader.tokenizer.decode(new[:end], skip_special_tokens=True))
     return texts

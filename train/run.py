@@ -117,7 +117,7 @@ class Loop:
         self.transform = jpeft.optimizer(model, plain, total_steps=self.steps)
         self.plan = jpeft.describe(model)
         self.seconds = dict.fromkeys(("setup", "compile", "train", "evaluation", "between_steps", "input"), 0.0)
-        self.feed = batches.Batches(task.kind, task.train)
+        self.feed = batches.Batches(task.kind, task.train, training.seed)
         self.evaluator = Evaluator(
             (self.graphdef, self.buffers, self.frozen),
             task,

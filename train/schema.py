@@ -29,8 +29,8 @@ class ModelConfig(Section):
         "HuggingFaceTB/SmolLM2-135M, or package:NAME/PATH for files inside an installed Python package",
     )
     tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the model")
-    task: Literal["causal-lm", "sequence-classification", "token-classification"] | None = Field(
-        None, description="which head; default: the one that the columns of data are for"
+    task: Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm", "masked-lm"] | None = (
+        Field(None, description="which head; default: causal-lm, or the one that label or tags in data are for")
     )
     pooling: Literal["mean"] | None = Field(
         None,
@@ -75,6 +75,9 @@ class DataConfig(Section):
     prompt: str | None = Field(None, description='column, or a template of columns: "Question: {text}\\nAnswer:"')
     completion: str | None = Field(None, description='column or template of what is learnt: " {answer}"')
     messages: str | None = Field(None, description="column with chat messages (a list of role and content)")
+    packing: bool = Field(
+        False, description="put several short texts into a row of max_length tokens; they do not see each other (text)"
+    )
     max_length: Positive = Field(512, description="tokens per row; longer rows are cut (and counted)")
     limit: Positive | None = Field(None, description="train on this many rows only")
     test_limit: Positive | None = Field(None, description="evaluate on this many held-out rows only")

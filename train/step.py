@@ -27,7 +27,7 @@ Arrays = dict[str, jax.Array]
 
 def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What a model is called with."""
-    names = ("input_ids", "attention_mask", "token_type_ids")
+    names = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
     return {name: batch[name] for name in names if name in batch}
 
 

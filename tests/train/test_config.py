@@ -132,8 +132,9 @@ def test_one_rule_for_files_and_overrides(config_file: Callable[..., Path], over
         (
             "  source: some/model",
             "  source: a\n  task: token-classification",
-            ["data.text: is for causal-lm; model.task is token-classification"],
+            ["data.text: is for causal-lm or masked-lm; model.task is token-classification"],
         ),
+        ("  text: text", "  messages: m\n  packing: true", ["data.packing: is for plain text"]),
         (
             "training:",
             "evaluation:\n  metrics: [accurcy]\ntraining:",

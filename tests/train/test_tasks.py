@@ -26,7 +26,7 @@ from train.run import Result, train
 from train.schema import DataConfig
 from train.tasks import TASKS, task_of
 
-COLOURS = ("red", "green", "blue")
+WORDS = ("red", "two", "blue")  # a token each
 
 
 def run(
@@ -112,8 +112,8 @@ def test_faults_in_tagged_rows(jsonl: Callable[..., Path], row: Any, given: Any,
 def test_a_run_that_tags_words(bert: Path, jsonl: Callable[..., Path], config_file: Any, tmp_path: Path) -> None:
     rows = []
     for number in range(48):
-        colour = COLOURS[number % 3]
-        tag = {"red": "B-warm", "green": "O", "blue": "B-cold"}[colour]
+        colour = WORDS[number % 3]
+        tag = {"red": "B-warm", "two": "O", "blue": "B-cold"}[colour]
         rows.append({"words": ["is", "the", colour, "xq", "one"], "tags": ["O", "O", tag, f"I{tag[1:]}", "O"]})
         if tag == "O":
             rows[-1]["tags"][3] = "O"
@@ -147,7 +147,7 @@ def test_a_run_with_several_labels(bert: Path, jsonl: Callable[..., Path], confi
 
 
 def test_a_run_that_predicts_numbers(bert: Path, jsonl: Callable[..., Path], config_file: Any, tmp_path: Path) -> None:
-    rows = [{"text": f"is {COLOURS[n % 3]}", "label": str(0.5 * (n % 3))} for n in range(48)]
+    rows = [{"text": f"is {WORDS[n % 3]}", "label": str(0.5 * (n % 3))} for n in range(48)]
     data = f"source: {jsonl(rows)}, text: text, label: label, problem_type: regression"
     more = "evaluation: {metrics: [rmse, pearson]}\n"
     result = run(config_file, bert, data, tmp_path / "run", more, task=", pooling: mean")

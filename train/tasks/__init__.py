@@ -6,8 +6,10 @@ from train.schema import DataConfig
 from train.tasks.chat import Chat
 from train.tasks.classification import Classification
 from train.tasks.completion import Completion
+from train.tasks.masked import MaskedLanguage
 from train.tasks.multi_label import MultiLabel
 from train.tasks.regression import Regression
+from train.tasks.seq2seq import Seq2Seq
 from train.tasks.task import Task, check_columns
 from train.tasks.text import Text
 from train.tasks.token_classification import TokenClassification
@@ -21,8 +23,10 @@ TASKS: dict[str, type[Task]] = {
         Regression,
         TokenClassification,
         Completion,
+        Seq2Seq,
         Chat,
         Text,
+        MaskedLanguage,
     )
 }
 

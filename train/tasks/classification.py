@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jpeft.errors import JpeftError, nearest
-from train.batches import IGNORED, Window, arrays, edges
+from train.batches import IGNORED, arrays, edges
 from train.examples import Example, Reader
 from train.schema import DataConfig
 from train.sources import Rows
@@ -63,8 +63,8 @@ class SequenceTask(Task):
         examples = [
             example for row, text in enumerate(prompts) for example in run.reader.classification(text, None, None, row)
         ]
-        window = Window(tuple(range(len(examples))), edges([len(example) for example in examples], 1)[-1])
-        logits = run.model(**inputs(arrays(examples, window, len(examples))))
+        length = edges([len(example) for example in examples], 1)[-1]
+        logits = run.model(**inputs(arrays(examples, length, len(examples))))
         for row in np.asarray(logits.astype(np.float32)):
             yield self.answer(row)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jpeft.errors import JpeftError
-from train.examples import Reader
+from train.examples import Example, Reader
 from train.generation import generate_texts
 from train.sources import Rows
 from train.tasks.language import LanguageTask
@@ -47,11 +49,26 @@ class Completion(LanguageTask):
     def reader(self, rows: Rows, reader: Reader) -> Read:
         return lambda row, index: reader.completion(self.prompt(row), self.completion(row), index)
 
+    @staticmethod
+    def choice(reader: Reader, prompt: str, completion: str) -> list[Example]:
+        """The example of a prompt with one of several completions, by whose loss it is chosen."""
+        return reader.completion(prompt, completion, 0)
+
+    @staticmethod
+    def prompt_ids(example: Example) -> np.ndarray:
+        """What an answer follows: the same ids, cut in the same way, as in training."""
+        return example.ids[: max(1, int(np.argmax(example.targets)))]
+
+    @staticmethod
+    def learnt(example: Example) -> int:
+        """How many tokens the right answer has, its end among them."""
+        return int(example.targets.sum())
+
     def choices(self, train: Rows) -> tuple[str, ...]:
         """Every completion that occurs in the training rows."""
         return tuple(dict.fromkeys(self.completion(row) for row in train.dataset))
 
-    def right(self, example: Any, row: Mapping[str, Any]) -> str:
+    def right(self, example: Example, row: Mapping[str, Any]) -> str:
         return self.completion(row)
 
     def asked(self, row: Mapping[str, Any]) -> str:

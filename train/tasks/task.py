@@ -89,6 +89,13 @@ class Task:
 
     # Loss
 
+    draws: ClassVar[bool] = False  # whether `drawn` changes examples
+
+    @staticmethod
+    def drawn(example: Example, random: np.random.Generator) -> Example:
+        """The example as it is in one epoch; whatever is drawn for it comes from `random`."""
+        return example
+
     @staticmethod
     def width(examples: Sequence[Example]) -> int:
         """The least size of the second axis of `targets` that holds any of these examples."""
@@ -133,10 +140,6 @@ class Task:
     def agree(self, said: Sequence[str], wanted: Sequence[str]) -> list[bool]:
         """Which answers are right, all as they read."""
         return [one.strip() == other.strip() for one, other in zip(said, wanted, strict=True)]
-
-    def choices(self, train: Rows) -> tuple[str, ...]:
-        """The texts among which an answer can be chosen, of tasks whose predictions are texts."""
-        return ()
 
     # Use
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.examples import Reader
+from train.examples import Example, Reader
 from train.generation import generate_texts
+from train.packing import pack
 from train.sources import Rows
 from train.tasks.language import LanguageTask
 from train.tasks.task import Read, text_of
@@ -20,9 +21,14 @@ class Text(LanguageTask):
 
     name = "text"
     required = ("text",)
+    settings = ("packing",)
 
     def reader(self, rows: Rows, reader: Reader) -> Read:
         return lambda row, index: reader.text(text_of(row[str(self.data.text)]), index)
+
+    def examples(self, rows: Rows, reader: Reader) -> list[Example]:
+        made = super().examples(rows, reader)
+        return pack(made, reader.max_length) if self.data.packing else made
 
     def example_prompt(self, row: Mapping[str, Any]) -> tuple[str, bool] | None:
         return " ".join(text_of(row[str(self.data.text)]).split()[:12]), False

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jpeft.errors import JpeftError
-from train.batches import IGNORED, Window, arrays, edges
+from train.batches import IGNORED, arrays, edges
 from train.examples import Example, Reader
 from train.sources import Rows, kind_of
 from train.step import inputs
@@ -130,8 +130,8 @@ class TokenClassification(Task):
     def answers(self, run: Run, prompts: Sequence[str], **settings: Any) -> Iterator[str]:
         rows = [prompt.split() for prompt in prompts]
         examples = [run.reader.tagged(words, [0] * len(words), at)[0] for at, words in enumerate(rows)]
-        window = Window(tuple(range(len(rows))), edges([len(example) for example in examples], 1)[-1])
-        found = np.asarray(run.model(**inputs(arrays(examples, window, len(rows)))).argmax(-1))
+        length = edges([len(example) for example in examples], 1)[-1]
+        found = np.asarray(run.model(**inputs(arrays(examples, length, len(rows)))).argmax(-1))
         for words, example, output in zip(rows, examples, found, strict=True):
             yield spelled(words, self.guess(output, example, {str(self.data.tokens): words}))
 
