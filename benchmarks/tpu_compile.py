@@ -196,7 +196,8 @@ per layer, adapters are Pfeiffer's of width 64.
 {lines}
 
 `fits` compares with what the compiler may use of a chip: about 16 GiB on v5e, 32 on v6e and 95 on v5p. FLOPs are
-those of the matrix products, recomputed ones included.
+those of the matrix products, recomputed ones included. How long a compilation took says little: the machine had other
+work to do.
 """
 
 

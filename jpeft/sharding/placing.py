@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -101,7 +102,14 @@ def placed_value(value: Any, sharding: NamedSharding) -> Any:
     """An array, or an abstract one, with this sharding."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-    return jax.device_put(value, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:  # each process has it whole, and the same
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            data = placed_value(jax.random.key_data(value), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+        return jax.make_array_from_callback(value.shape, sharding, np.asarray(value).__getitem__)
+    return value if value.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(value)
 
 
 def optimizer_shardings(
