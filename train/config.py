@@ -331,11 +331,18 @@ def _metric_faults(config: Config, children: Mapping[str, Node]) -> Faults:
 def _task_faults(config: Config) -> Iterator[tuple[str, str]]:
     """(key of `data:`, what is wrong) where keys do not describe one task, or the model's head is not for it."""
     from train.tasks import MARKS, TASKS, possible
+    from train.tasks.classification import SequenceTask
 
     data, head = config.data, config.model.task
     given = {key for key, field in type(data).model_fields.items() if getattr(data, key) != field.default}
     marks = [mark for mark in MARKS if mark in given and mark != "text"] or ["text"]
-    kinds = possible(data) or [TASKS["text"]]
+    kinds = possible(data)
+    if data.label is not None and not kinds:
+        types = [kind.problem_type for kind in TASKS.values() if issubclass(kind, SequenceTask)]
+        near = nearest(str(data.problem_type), types, 1)[0]
+        yield "problem_type", f"{data.problem_type!r} is none of {', '.join(types)}; did you mean {near}?"
+        return
+    kinds = kinds or [TASKS["text"]]
     others = ", ".join(mark for mark in MARKS if mark != "text")
     if len(marks) > 1:
         yield marks[1], f"{' and '.join(marks)} are given; a run has one of {others}"

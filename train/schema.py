@@ -66,9 +66,10 @@ class DataConfig(Section):
     text_pair: str | None = Field(None, description="column with the second text of a pair (classification)")
     label: str | None = Field(None, description="column with the label (classification)")
     labels: list[str] | None = Field(None, description="all labels in order; default: those to train on, sorted")
-    problem_type: Literal["single-label", "multi-label", "regression"] | None = Field(
+    problem_type: str | None = Field(
         None,
-        description="what a label is: one of several classes (default), a list of those that hold, or a number",
+        description="what a label is: one of several classes (single-label, default), a list of those that hold "
+        "(multi-label) or a number (regression)",
     )
     tokens: str | None = Field(None, description="column with the words, a list (token classification)")
     tags: str | None = Field(None, description="column with the tag of each word, a list (token classification)")

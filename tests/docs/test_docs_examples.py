@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +18,12 @@ import jpeft
 from jpeft.models import families
 from tests import zoo
 from tests.conformance import test_methods as conformance
+from train import sources
+from train.batches import Batches, Window
+from train.examples import Example
+from train.metrics import METRICS
+from train.schema import DataConfig
+from train.tasks import TASKS, task_of
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -43,7 +50,7 @@ def run(page: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the pages write goes to a folder of its own, and what they register is forgotten."""
     monkeypatch.chdir(tmp_path)
-    with mock.patch.dict(jpeft.METHODS):
+    with mock.patch.dict(jpeft.METHODS), mock.patch.dict(TASKS):
         yield
 
 
@@ -66,6 +73,28 @@ def test_the_method_of_the_page_keeps_its_promises(monkeypatch: pytest.MonkeyPat
     for model in ("user-stack-remat", "shapes"):
         conformance.test_merging_computes_the_same(model, "page")
         conformance.test_rows_with_adapters_of_their_own(model, "page")
+
+
+def test_the_task_of_the_page_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = run(DOCS / "adding-a-task.md", monkeypatch)
+    data = DataConfig(source="rows.jsonl", text="text", label="label", problem_type="count")
+    kind = task_of(data)
+    assert type(kind) is page.Counts
+    rows = sources.Rows(None, lambda index: f"line {index}", "rows.jsonl")
+    label = kind.label(rows)
+    examples = [Example(np.arange(3), np.zeros(3, bool), row, label(row, row)) for row in (4, 1)]
+    with pytest.raises(jpeft.JpeftError, match="line 7: column 'label' holds -1, not a count"):
+        label(-1, 7)
+
+    # The rate that is likeliest for a count is the count, and a row that fills up a batch has no loss.
+    batch = Batches(kind, examples)(Window((0, 1), 8), 3)
+    slope = jax.grad(lambda x: kind.losses(lambda **inputs: x, batch)[0].sum())(np.log([[4.0], [1.0], [9.0]]))
+    np.testing.assert_allclose(slope, 0.0, atol=1e-5)
+    _, found = kind.losses(lambda **inputs: np.log([[4.0], [2.0], [9.0]]), batch)
+    said = [kind.guess(np.asarray(one), example, {}) for one, example in zip(found, examples, strict=False)]
+    right = [kind.right(example, {}) for example in examples]
+    assert METRICS[kind.measure][kind.metrics[0]](right, said) == pytest.approx(0.5)
+    assert kind.agree(*([kind.shown(value, {}) for value in side] for side in (said, right))) == [True, False]
 
 
 @pytest.mark.parity

@@ -134,6 +134,11 @@ def test_one_rule_for_files_and_overrides(config_file: Callable[..., Path], over
             "  source: a\n  task: token-classification",
             ["data.text: is for causal-lm or masked-lm; model.task is token-classification"],
         ),
+        (
+            "  text: text",
+            "  text: text\n  label: l\n  problem_type: multilabel",
+            ["data.problem_type: 'multilabel' is none of single-label, multi-label, ", "did you mean multi-label?"],
+        ),
         ("  text: text", "  messages: m\n  packing: true", ["data.packing: is for plain text"]),
         (
             "training:",

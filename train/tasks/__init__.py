@@ -42,6 +42,8 @@ def task_of(data: DataConfig, head: str | None = None) -> Task:
 def possible(data: DataConfig) -> list[type[Task]]:
     """The tasks that rows as in `data` allow, the default first."""
     found = [kind for kind in TASKS.values() if kind.described_by(data)]
+    if data.label is not None:  # its text may not be taken for the task
+        found = [kind for kind in found if kind.required[0] == "label"]
     return [kind for kind in found if kind.required[0] == found[0].required[0]]
 
 

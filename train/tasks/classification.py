@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,11 @@ class SequenceTask(Task):
     required = ("label", "text")
     optional = ("text_pair",)
     asked_as = "text"
+    problem_type: ClassVar[str]  # the value of `data.problem_type` that tells it from the others
+
+    @classmethod
+    def described_by(cls, data: DataConfig) -> bool:
+        return super().described_by(data) and (data.problem_type or "single-label") == cls.problem_type
 
     def label(self, rows: Rows) -> Callable[[Any, int], Any]:
         """The function (value of the label's column, row) -> label of an example."""
@@ -78,12 +83,9 @@ class Classification(SequenceTask):
 
     name = "classification"
     settings = ("labels", "problem_type")
+    problem_type = "single-label"
     measure = "classes"
     metrics = ("accuracy", "macro_f1")
-
-    @classmethod
-    def described_by(cls, data: DataConfig) -> bool:
-        return super().described_by(data) and data.problem_type in (None, "single-label")
 
     def find_labels(self, train: Rows) -> tuple[str, ...]:
         data = self.data

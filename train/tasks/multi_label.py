@@ -12,7 +12,6 @@ import optax
 
 from jpeft.errors import JpeftError
 from train.examples import Example
-from train.schema import DataConfig
 from train.sources import Rows
 from train.step import inputs
 from train.tasks.classification import SequenceTask, given_labels, label_numbers, labels_in
@@ -25,12 +24,9 @@ class MultiLabel(SequenceTask):
     name = "multi-label"
     settings = ("labels", "problem_type")
     lists = ("label",)
+    problem_type = "multi-label"
     measure = "sets"
     metrics = ("micro_f1", "macro_f1", "exact_match")
-
-    @classmethod
-    def described_by(cls, data: DataConfig) -> bool:
-        return super().described_by(data) and data.problem_type == "multi-label"
 
     def find_labels(self, train: Rows) -> tuple[str, ...]:
         if self.data.labels is not None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from jpeft.errors import JpeftError
 from train.examples import Example
-from train.schema import DataConfig
 from train.sources import Rows
 from train.step import inputs
 from train.tasks.classification import SequenceTask
@@ -24,13 +23,10 @@ class Regression(SequenceTask):
 
     name = "regression"
     settings = ("problem_type",)
+    problem_type = "regression"
     measure = "numbers"
     metrics = ("pearson", "spearman", "rmse")
     outputs = 1
-
-    @classmethod
-    def described_by(cls, data: DataConfig) -> bool:
-        return super().described_by(data) and data.problem_type == "regression"
 
     def label(self, rows: Rows) -> Callable[[Any, int], float]:
         def label(value: Any, index: int) -> float:
