@@ -251,6 +251,13 @@ METHODS: dict[str, Entry] = {
         jpeft.FullTuning(targets=["mlp", "embed_tokens"]),
         models=("llama",),
     ),
+    # Tied to the head, and not.
+    "trainable_tokens": Entry(
+        jpeft.TrainableTokens(tokens=[7, 2, 30, 11, 5, 21, 14]),
+        models=("user-stack-remat", "gpt2"),
+        on={"user-stack-remat": jpeft.TrainableTokens(tokens=[7, 2, 30, 11, 5, 21, 14], targets="embed")},
+        starts="closely",
+    ),
     # Adapters: behind linear layers of every family, beside a feed-forward that is one module and one that is two.
     "houlsby": Entry(
         jpeft.Houlsby(bottleneck_size=5),

@@ -11,6 +11,7 @@ from jpeft.interop.lora import LORA
 from jpeft.interop.norms import LN_TUNING
 from jpeft.interop.prefix import PREFIX_TUNING
 from jpeft.interop.prompts import P_TUNING, PROMPT_TUNING
+from jpeft.interop.tokens import TRAINABLE_TOKENS
 from jpeft.methods import Method
 
 CONVERTERS: tuple[Converter, ...] = (
@@ -21,6 +22,7 @@ CONVERTERS: tuple[Converter, ...] = (
     PROMPT_TUNING,
     P_TUNING,
     PREFIX_TUNING,
+    TRAINABLE_TOKENS,
 )
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jpeft.checkpoint import sharding_of
 from jpeft.errors import JpeftError
-from jpeft.interop import converters, folder, saved, training
+from jpeft.interop import converters, folder, saved, tokens, training
 from jpeft.interop.config import TASK_TYPES, Settings
 from jpeft.interop.links import check, filled
 from jpeft.interop.names import model_and_family
@@ -47,13 +47,14 @@ def load_peft(model: _M, path: str | Path) -> _M:
     encoded = training.read(where)
     method = converter.read(settings, model, file.tensors)
     beside = saved.read(settings, model, converter.before, file.tensors.keys(), read)
-    methods = (encoded[0] if encoded else method, *beside.methods)
+    further = (*beside.methods, *tokens.read_beside(settings, model))
+    methods = (encoded[0] if encoded else method, *further)
     adapted = abstract(methods, model, str(where))
 
     # What the files have to hold is told by the model without encoders.
-    plain = abstract((method, *beside.methods), model, str(where)) if encoded else adapted
+    plain = abstract((method, *further), model, str(where)) if encoded else adapted
     own = list(converter.links(plain, method, settings))
-    others = saved.links(adapted, converter.before, converter.targeted(own))
+    others = [*saved.links(adapted, converter.before, converter.targeted(own)), *tokens.links(adapted, further)]
     check([*own, *others], file.tensors, beside.accounted, file.where, hint=_hint(settings, model))
     graphdef, adapter, buffers, _ = partition(adapted)
     shapes = {**adapter, **buffers}

@@ -11,11 +11,11 @@ import numpy as np
 
 from jpeft.baking import bake
 from jpeft.errors import JpeftError
-from jpeft.interop import converters, folder, saved, training
+from jpeft.interop import converters, folder, saved, tokens, training
 from jpeft.interop.config import TASK_TYPES
 from jpeft.interop.links import Link, gathered
 from jpeft.interop.names import model_and_family
-from jpeft.methods import BitFit, FullTuning, applied
+from jpeft.methods import BitFit, FullTuning, TrainableTokens, applied
 from jpeft.models.model import Model
 from jpeft.partition import partition
 
@@ -24,15 +24,18 @@ def save_peft(model: Model, path: str | Path, *, base_model: str | None = None, 
     """Writes the adapter of `model` to the folder `path` as Hugging Face PEFT 0.21.2 does, which reads it.
 
     One method that PEFT has too, and beside it trained heads, modules of `FullTuning` (`modules_to_save`) and, with
-    LoRA, the biases of `BitFit`. base_model: the name of the base for `base_model_name_or_path`, which PEFT's
-    `AutoPeftModel` loads; default: the name in the model's config.json, if there is one. overwrite: replace an adapter
-    that is there. The folder appears whole or not at all.
+    LoRA, the biases of `BitFit` and the rows of `TrainableTokens`. base_model: the name of the base for
+    `base_model_name_or_path`, which PEFT's `AutoPeftModel` loads; default: the name in the model's config.json, if
+    there is one. overwrite: replace an adapter that is there. The folder appears whole or not at all.
 
     Raises JpeftError, naming modules and methods, for what PEFT's files cannot express.
     """
     model, _ = model_and_family(model, "save_peft")
     target = folder.target(path, overwrite=overwrite)
-    methods = [method for method in applied(model) if not isinstance(method, BitFit | FullTuning)]
+    every = applied(model)
+    methods = [method for method in every if not isinstance(method, BitFit | FullTuning | TrainableTokens)]
+    rows = [method for method in every if isinstance(method, TrainableTokens)] if methods else []
+    methods = methods or [method for method in every if isinstance(method, TrainableTokens)]
     if len(methods) != 1:
         named = ", ".join(type(method).__name__ for method in methods) or "none"
         raise JpeftError(
@@ -47,10 +50,11 @@ def save_peft(model: Model, path: str | Path, *, base_model: str | None = None, 
     links = list(converter.links(plain, stored, None))
     targeted = converter.targeted(links)
     beside, tensors = saved.write(model, converter.before, targeted)
+    beside |= tokens.write(model, rows)
     odd = {name for name in beside if name not in converter.schema.used}
     if odd:
         raise JpeftError(f"save_peft: PEFT's {converter.peft_type} has no {', '.join(sorted(odd))}")
-    others = saved.links(model, converter.before, targeted)
+    others = [*saved.links(model, converter.before, targeted), *tokens.links(model, rows)]
     config: dict[str, Any] = {
         **converter.schema.defaults,
         "base_model_name_or_path": base_model or model.config.raw.get("_name_or_path"),

@@ -18,6 +18,7 @@ from jpeft.methods.method import Method, applied
 from jpeft.methods.prefix import PrefixTuning, PTuningV2
 from jpeft.methods.prompt import PromptTuning, PTuning
 from jpeft.methods.retrained import BitFit, FullTuning, NormTuning
+from jpeft.methods.trainable_tokens import TrainableTokens
 from jpeft.methods.unipelt import UniPELT
 
 METHODS: dict[str, type[Method]] = {
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
     "drop_adapters": DropAdapters,
     "adapter_fusion": AdapterFusion,
     "ia3": IA3,
+    "trainable_tokens": TrainableTokens,
 }
 
 
@@ -76,6 +78,7 @@ __all__ = [
     "Pfeiffer",
     "PrefixTuning",
     "PromptTuning",
+    "TrainableTokens",
     "UniPELT",
     "adalora_ranks",
     "applied",

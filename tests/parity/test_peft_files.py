@@ -205,6 +205,19 @@ LORA: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "t5": ("t5", {"r": 3, "lora_alpha": 5, "target_modules": ["q", "v", "wo"]}),
     "dora": ("gpt2", {"r": 3, "use_dora": True, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+    "tokens": ("llama", {"r": 2, "target_modules": ["v_proj"], "trainable_token_indices": [4, 30, 9, 11]}),
+    "tokens-tied": (
+        "tied",
+        {"r": 2, "target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [30, 9]}},
+    ),
+    "tokens-saved": (
+        "bert",
+        {
+            "r": 2,
+            "target_modules": ["query"],
+            "trainable_token_indices": {"position_embeddings": [3, 1], "word_embeddings": [30]},
+        },
+    ),
     "dora-bias": ("roberta", {"r": 2, "use_dora": True, "target_modules": ["value"], "use_rslora": True}),
 }
 
@@ -294,6 +307,14 @@ def test_norms(name: str, bases: Any, tmp_path: Path) -> None:
     import peft
 
     config = peft.LNTuningConfig(task_type=TASK_TYPES[BASES[name][3]], target_modules=NORMS[name])
+    both_ways(name, config, bases, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_trainable_tokens(name: str, bases: Any, tmp_path: Path) -> None:
+    import peft
+
+    config = peft.TrainableTokensConfig(token_indices=[30, 9, 4, 11], task_type=TASK_TYPES[BASES[name][3]])
     both_ways(name, config, bases, tmp_path)
 
 
