@@ -26,6 +26,7 @@ from jpeft import kinds, paths
 from jpeft.errors import JpeftError
 from jpeft.merge import strip
 from jpeft.methods import Method, applied, compose, from_dict
+from jpeft.methods.method import warn_if_unfinished
 from jpeft.partition import Arrays, combine, partition, value_of, variables
 from jpeft.variables import Frozen, Quantized, Trainable
 from jpeft.wrapper import innermost
@@ -59,6 +60,7 @@ def save_adapter(path: str | Path, model: nnx.Module, *, overwrite: bool = False
     if any(isinstance(array, jax.ShapeDtypeStruct) for array in adapter.values()):
         raise JpeftError(f"save_adapter({str(path)!r}): the model is abstract; there are no arrays to save")
     _check_remade(model, adapter, buffers)
+    warn_if_unfinished(model, "save_adapter")
     metadata = {
         "format": FORMAT,
         "version": VERSION,

@@ -16,6 +16,7 @@ from jpeft.interop.config import TASK_TYPES
 from jpeft.interop.links import Link, gathered
 from jpeft.interop.names import model_and_family
 from jpeft.methods import BitFit, FullTuning, TrainableTokens, applied
+from jpeft.methods.method import warn_if_unfinished
 from jpeft.models.model import Model
 from jpeft.partition import partition
 
@@ -64,6 +65,7 @@ def save_peft(model: Model, path: str | Path, *, base_model: str | None = None, 
         **beside,
     }
     tensors |= _tensors(plain, [*links, *others])
+    warn_if_unfinished(model, "save_peft")
     beside_it = training.contents(model, method, {link.key for link in others}) if encoded else None
     folder.write(target, config, tensors, beside_it)
     return target

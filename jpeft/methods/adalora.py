@@ -188,6 +188,17 @@ class AdaLoRA(Targeted):
         planned = self if self.total_steps is not None else dataclasses.replace(self, total_steps=total_steps)
         return _allocating(planned, optax.with_extra_args_support(tx))
 
+    def unfinished(self, model: nnx.Module) -> str | None:
+        ranks = adalora_ranks(model).values()
+        pruned = any(bool(jnp.any(rank < self.initial_rank)) for rank in ranks)
+        if pruned or self.rank == self.initial_rank:
+            return None
+        return (
+            f"AdaLoRA: every matrix still has all {self.initial_rank} singular values, where rank={self.rank} was asked "
+            "for: the allocator never ran, or training ended in its warm-up. It is part of the optimizer that "
+            "jpeft.optimizer(model, tx, total_steps=) returns"
+        )
+
     def budget(self, step: int | Array) -> Array:
         """How many triples per matrix stay after `step` (from 1), on average; float32."""
         assert self.total_steps is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -55,6 +56,10 @@ class Method:
         """`tx` with whatever this method asks of an optimizer of `model`'s adapter; see `jpeft.optimizer`."""
         return tx
 
+    def unfinished(self, model: nnx.Module) -> str | None:
+        """What in `model`, about to be saved, shows that a part of the training did not happen; None for nothing."""
+        return None
+
     def baked(self) -> Method:
         """The method of a model that was baked (`jpeft.bake`): without what serves training only."""
         return self
@@ -78,6 +83,14 @@ class Method:
 def applied(model: nnx.Module) -> tuple[Method, ...]:
     """The methods that made this model, in order; `()` for a model that none did."""
     return tuple(getattr(model, METHODS_ATTRIBUTE, ()))
+
+
+def warn_if_unfinished(model: nnx.Module, caller: str) -> None:
+    """Warns if the methods of `model`, about to be saved, see that a part of the training did not happen."""
+    for method in applied(model):
+        said = method.unfinished(model)
+        if said is not None:
+            warnings.warn(f"{caller}: {said}", stacklevel=3)
 
 
 def refuse_second(module: Any, name: str, where: str) -> None:

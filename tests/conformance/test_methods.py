@@ -292,6 +292,7 @@ def test_a_merge_that_overflows_is_refused(model_name: str, method_name: str) ->
 
 
 @pairs
+@pytest.mark.filterwarnings("ignore:save_adapter. AdaLoRA:UserWarning")  # no allocator has run here
 def test_saved_and_loaded_bit_for_bit(model_name: str, method_name: str, tmp_path: Any) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
     model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)

@@ -108,7 +108,7 @@ def test_dora_drops_the_update_and_the_gain_but_not_the_base() -> None:
     assert zoo.relative(trained(x), expected) < 1e-5
 
 
-def test_adalora_prunes_to_its_budget_over_all_layers_together() -> None:
+def test_adalora_prunes_to_its_budget_over_all_layers_together(tmp_path: Any) -> None:
     method = jpeft.AdaLoRA(rank=1, initial_rank=3, total_steps=10, warmup_steps=2, final_steps=2, targets="all-linear")
     assert [float(method.budget(step)) for step in (0, 2, 5, 8, 10)] == [3, 3, 1.25, 1, 1]
     model = method(base("llama"), rngs=0)
@@ -132,6 +132,15 @@ def test_adalora_prunes_to_its_budget_over_all_layers_together() -> None:
     kept = jpeft.adalora_ranks(jpeft.combine(parts.graphdef, adapter, parts.buffers, parts.frozen))
     assert sum(int(v.sum()) for v in kept.values()) == matrices
     assert len({int(r) for v in kept.values() for r in v}) > 1  # not the same for all
+
+    # A loop that forgot the allocator is told so when it saves; the one above is not.
+    jpeft.save_adapter(tmp_path / "pruned", jpeft.combine(parts.graphdef, adapter, parts.buffers, parts.frozen))
+    forgot = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    said = "AdaLoRA: every matrix still has all 3 singular values"
+    with pytest.warns(UserWarning, match=f"save_adapter: {said}"):
+        jpeft.save_adapter(tmp_path / "adapter", forgot)
+    with pytest.warns(UserWarning, match=f"save_peft: {said}"):
+        jpeft.save_peft(forgot, tmp_path / "peft")
 
 
 def test_ia3_predicates_are_recorded_by_name() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -40,6 +41,40 @@ def test_keys_and_values_of_each_layer_and_place() -> None:
         *places,
         "decoder/block/layer/1/EncDecAttention",
     }
+
+
+def test_p_tuning_v2_labels_the_tokens_of_a_sequence() -> None:
+    """Prefix and a new head learn tags together; padding is not looked at."""
+    config = zoo.FAMILIES["bert-mean-classifier"][0]
+    tagger = jpeft.models.from_config(config, task="token-classification", num_labels=4, rngs=nnx.Rngs(0))
+    model = jpeft.PTuningV2(num_virtual_tokens=P)(tagger, rngs=0)
+    parts = jpeft.partition(model)
+    assert {label for label in jpeft.param_labels(model).values() if label != "frozen"} == {"prompt", "head"}
+    ids = zoo.ids()
+    mask, tags = jnp.ones_like(ids).at[1, 4:].set(0), ids % 4
+
+    @jax.jit
+    def step(adapter: Any, state: Any, ids: jax.Array) -> Any:
+        def loss(adapter: Any) -> tuple[jax.Array, jax.Array]:
+            logits = jpeft.combine(parts.graphdef, adapter, *parts[2:])(ids, attention_mask=mask)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tags)
+            return jnp.sum(losses * mask) / jnp.sum(mask), logits
+
+        (_, logits), gradient = jax.value_and_grad(loss, has_aux=True)(adapter)
+        updates, state = tx.update(gradient, state)
+        return optax.apply_updates(adapter, updates), state, logits, gradient
+
+    tx = optax.adam(3e-2)
+    adapter, state = parts.adapter, tx.init(parts.adapter)
+    right = []
+    for _ in range(60):
+        adapter, state, logits, gradient = step(adapter, state, ids)
+        assert logits.shape == (*ids.shape, 4)
+        right.append(int(jnp.sum((jnp.argmax(logits, -1) == tags) * mask)))
+    assert all(jnp.any(value != 0) for value in gradient.values())
+    assert right[0] < right[-1] == int(jnp.sum(mask))
+    padded = step(adapter, state, ids.at[1, 4:].set(0))[2]
+    assert zoo.relative(padded * mask[..., None], step(adapter, state, ids)[2] * mask[..., None]) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-remat", "gpt2", "t5"])

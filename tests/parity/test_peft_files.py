@@ -271,6 +271,7 @@ ADALORA: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:save_peft. AdaLoRA:UserWarning")  # no allocator has run in the whole one
 @pytest.mark.parametrize("case", ADALORA)
 def test_adalora(case: str, bases: Any, tmp_path: Path) -> None:
     import peft
