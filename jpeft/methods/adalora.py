@@ -194,8 +194,8 @@ class AdaLoRA(Targeted):
         if pruned or self.rank == self.initial_rank:
             return None
         return (
-            f"AdaLoRA: every matrix still has all {self.initial_rank} singular values, where rank={self.rank} was asked "
-            "for: the allocator never ran, or training ended in its warm-up. It is part of the optimizer that "
+            f"AdaLoRA: every matrix still has all {self.initial_rank} singular values, where rank={self.rank} was "
+            "asked for: the allocator never ran, or training ended in its warm-up. It is part of the optimizer that "
             "jpeft.optimizer(model, tx, total_steps=) returns"
         )
 
