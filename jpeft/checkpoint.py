@@ -65,7 +65,7 @@ def save_adapter(path: str | Path, model: nnx.Module, *, overwrite: bool = False
         "format": FORMAT,
         "version": VERSION,
         "methods": [method.to_dict() for method in applied(model)],
-        "base": _fingerprint(model),
+        "base": fingerprint(model),
         "quantization": _quantization(model),
     }
     if path.exists():
@@ -298,7 +298,7 @@ def _compare_quantization(saved: Mapping[str, Any], present: Mapping[str, Any]) 
     return said
 
 
-def _fingerprint(model: Any) -> dict[str, Any]:
+def fingerprint(model: Any) -> dict[str, Any]:
     """Shape, dtype and a few values of each parameter of the base: what it is recognised by."""
     return {
         key: {"shape": list(array.shape), "dtype": str(array.dtype), "values": values}

@@ -93,8 +93,9 @@ def dumps(config: Config) -> str:
 
 
 def difference(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` for every value that differs, but for where the run is written."""
-    before, after = (_flat(config.model_dump(mode="json", exclude={"output"})) for config in (old, new))
+    """`key: old -> new` for every value that differs, but for those that change no result: where and when to write."""
+    unessential = {"output", "checkpoints"}
+    before, after = (_flat(config.model_dump(mode="json", exclude=unessential)) for config in (old, new))
     keys = dict.fromkeys((*before, *after))
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"

@@ -102,6 +102,10 @@ class TrainingConfig(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps in which the rate rises")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay (AdamW)")
     clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global norm of the gradient")
+    divergence: Annotated[float, Field(gt=1)] | None = Field(
+        4.0,
+        description="stop when the mean loss of 20 steps is this many times that of the first 20; null: never",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="initial values, order of rows, dropout")
 
 
@@ -124,13 +128,29 @@ class EvaluationConfig(Section):
     samples: Count = Field(
         6, description="held-out rows shown with the answers before and after; report.html has 4 times as many"
     )
+    best: str | None = Field(
+        None,
+        description="keep the adapter of the evaluation that is best by this metric (accuracy, loss, exact_match); "
+        "default: the last",
+    )
+
+
+class CheckpointConfig(Section):
+    """What a run that was stopped or killed goes on from: the same command again resumes, bit for bit."""
+
+    every: Positive | None = Field(None, description="optimizer steps between checkpoints; default: evaluation.every")
+    minutes: Annotated[float, Field(gt=0)] = Field(10.0, description="at the latest so long after the one before")
+    keep: Positive = Field(2, description="how many of them stay on disk")
 
 
 class OutputConfig(Section):
     """Where the run is written."""
 
     folder: str = Field(description="folder for the adapter, the resolved configuration, metrics.jsonl and report.html")
-    overwrite: bool = Field(False, description="replace a run with another configuration in that folder")
+    overwrite: bool = Field(
+        False,
+        description="move a finished run, or one of another configuration, in that folder aside and begin anew",
+    )
     tensorboard: bool = Field(False, description="write event files to FOLDER/tensorboard (pip install tensorboard)")
     wandb: str | None = Field(
         None, description="project of Weights & Biases that the numbers are sent to (pip install wandb)"
@@ -147,6 +167,7 @@ class Config(Section):
     data: DataConfig
     training: TrainingConfig = TrainingConfig()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    checkpoints: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
     output: OutputConfig
 
 

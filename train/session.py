@@ -17,10 +17,11 @@ from jpeft.virtual_tokens import places_taken
 from train import config as configs
 from train import packages, trackers
 from train.examples import Reader
+from train.folder import ADAPTER, CONFIG
 from train.schema import Config
 from train.tasks import Task, task_of
 
-CONFIG, ADAPTER, METRICS = "config.yaml", "adapter", trackers.METRICS
+METRICS = trackers.METRICS
 
 
 def keep_compiled() -> None:
@@ -108,6 +109,18 @@ def context(model: Any) -> int | None:
     """The most tokens that the model has positions for beside its virtual ones, if there is a limit."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return limit - places_taken(model) if isinstance(limit, int) else None
+
+
+def mergeable(model: Any) -> bool:
+    """Whether `jpeft.merge` can fold the methods of `model` into its weights."""
+    graphdef, *parts = jpeft.partition(model)
+    try:
+        jax.eval_shape(
+            lambda *arrays: nnx.state(jpeft.merge(jpeft.combine(graphdef, *arrays), dequantize=True)), *parts
+        )
+    except JpeftError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

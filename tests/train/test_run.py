@@ -92,9 +92,14 @@ def test_classification(bert: Path, rows: Path, tmp_path: Path, config_file: Cal
     assert [line.split()[0] for line in said] == list(COLOURS)
     assert list(use.generate(folder / session.ADAPTER, texts)) == said
 
-    # The same configuration again gives the same adapter, bit for bit; another one is refused.
+    # The same command again knows the result; anew, it gives the same adapter, bit for bit; another one is refused.
     first = jpeft.partition(session.open_run(folder).model).adapter
-    assert train(path, display=quiet()).losses == result.losses
+    written = (folder / session.METRICS).read_text()
+    assert train(path, display=quiet()) == result
+    assert (folder / session.METRICS).read_text() == written
+    assert not (folder / "previous").exists()
+    assert train(path, ["output.overwrite=true"], quiet()).losses == result.losses
+    assert (folder / "previous" / session.ADAPTER).exists()
     again = jpeft.partition(session.open_run(folder).model).adapter
     assert all(bool(np.array_equal(first[key], again[key])) for key in first)
     with pytest.raises(JpeftError, match=r"another configuration:\n  method\.rank: 4 -> 2"):
@@ -319,9 +324,14 @@ def test_a_run_that_takes_the_place_of_another_is_never_mixed_with_it(
         list(use.generate(folder, ["the red is"]))
     assert list(use.generate(folder / "previous", ["the red is"])) == said
 
-    # What never finished has nothing to lose, so a mended configuration may go on there.
-    train(path, [*short, "data.labels=[red, green, blue]"], quiet())
+    # It stays, since it has a checkpoint, until a mended configuration moves it aside too; nothing is lost on the way.
+    mended = [*short, "data.labels=[red, green, blue]"]
+    with pytest.raises(JpeftError, match=r"an unfinished run of another .*:\n  training.learning_rate: 1e\+38"):
+        train(path, mended, quiet())
+    train(path, [*mended, "output.overwrite=true"], quiet())
     assert configs.load(folder / session.CONFIG).data.labels == ["red", "green", "blue"]
+    assert list(use.generate(folder / "previous", ["the red is"])) == said
+    assert configs.load(folder / "previous-2" / session.CONFIG).training.learning_rate == 1e38
 
 
 def test_a_result_that_is_not_finite_is_not_saved(
@@ -330,7 +340,7 @@ def test_a_result_that_is_not_finite_is_not_saved(
     folder = tmp_path / "run"
     path = config_file(language(llama, rows, folder, "text: text"))
     overrides = ["training.max_steps=1", "training.learning_rate=1e38", "training.warmup=0", "training.accumulation=1"]
-    with pytest.raises(JpeftError, match="not finite any more, so nothing was saved"):
+    with pytest.raises(JpeftError, match="not finite any more, so the adapter was not"):
         train(path, overrides, quiet())
     assert not (folder / session.ADAPTER).exists()
 
@@ -378,4 +388,4 @@ def test_an_interrupt_says_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(train.run, "train", interrupted)
     result = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml")])
     assert result.exit_code == 130
-    assert "no adapter was saved" in result.output
+    assert "nothing was written" in result.output
