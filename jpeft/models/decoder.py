@@ -194,7 +194,7 @@ class Decoder(CausalModel):
         self, input_ids: jax.Array, positions: jax.Array, layer_masks: LayerMasks, arrays: Any, slot: CacheSlot | None
     ) -> tuple[jax.Array, Any]:
         """Embedding, layers and final norm, and the cache's arrays after them."""
-        x = self.by_rows(self.embed_tokens(input_ids))
+        x = self.embedded(self.embed_tokens(input_ids))
         angles = self.config.rope(positions, self.config.head_dim, x.dtype)
         x, arrays = run_layers(self.layers, (x, arrays), angles, layer_masks, slot)
         return self.by_rows(self.norm(x)), arrays

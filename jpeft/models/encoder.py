@@ -141,7 +141,7 @@ class Encoder(Model):
         # Padding keeps RoBERTa's row for it, which is no position.
         fixed = positions == self.config.pad_token_id if self.pads_positions else False
         positions = jnp.where(fixed, positions, positions + position_offset(self))
-        x = self.by_rows(self.embeddings(input_ids, token_type_ids, positions))
+        x = self.embedded(self.embeddings(input_ids, token_type_ids, positions))
         return self.by_rows(self.encoder(x, padding_mask(attention_mask)))
 
 

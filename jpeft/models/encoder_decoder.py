@@ -126,7 +126,7 @@ class T5Encoder(Model):
         """The encoder's output [B, S, D]."""
         check_tokens("input_ids", input_ids)
         check_mask("attention_mask", attention_mask, input_ids)
-        return self.by_rows(self.encoder(self.by_rows(self.shared(input_ids)), mask=padding_mask(attention_mask))[0])
+        return self.by_rows(self.encoder(self.embedded(self.shared(input_ids)), mask=padding_mask(attention_mask))[0])
 
 
 class T5(T5Encoder):
@@ -220,7 +220,7 @@ class T5(T5Encoder):
         check_mask("decoder_attention_mask", decoder_mask, decoder_input_ids)
         if encoded is None and (cache is None or CROSS[0] not in cache):
             raise JpeftError("encoded is missing: pass what model.encode(input_ids, attention_mask) gave")
-        x, tokens = self.by_rows(self.shared(decoder_input_ids)), decoder_input_ids.shape[1]
+        x, tokens = self.embedded(self.shared(decoder_input_ids)), decoder_input_ids.shape[1]
         cross = padding_mask(encoder_mask)
         if cache is None:
             mask = causal_mask(tokens, tokens)

@@ -178,7 +178,7 @@ class GPT2(CausalModel):
                 f"input_ids: {input_ids.shape[1]} tokens{behind}, but this model has learned positions for "
                 f"{self.config.max_position_embeddings}; cut the texts"
             )
-        x = self.by_rows(self.wte(input_ids) + self.wpe(positions))
+        x = self.embedded(self.wte(input_ids) + self.wpe(positions))
         x, arrays = run_layers(self.h, (x, arrays), layer_masks, slot)
         return self.by_rows(self.ln_f(x)), arrays
 

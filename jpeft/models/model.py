@@ -98,15 +98,29 @@ class Model(nnx.Module):
         self.batch_sharding = rows
 
     def by_rows(self, x: jax.Array) -> jax.Array:
-        """x [B, ...], on a mesh with its rows where those of the batch are.
+        """x [B, ...], on a mesh with its rows where those of the batch are."""
+        at = self._rows_for(x)
+        return x if at is None else jax.lax.with_sharding_constraint(x, at)
 
-        What comes out of an embedding lies, if nothing is said, as the table: features along `fsdp`, every row on every
-        device, and so do all activations after it.
+    def embedded(self, x: jax.Array) -> jax.Array:
+        """What came out of an embedding, [B, T, D], by rows.
+
+        If nothing is said it lies as the table: features along `fsdp`, every row on every device, and so do all
+        activations after it. The way from there is said too: the compiler would go by the whole batch.
         """
+        at = self._rows_for(x)
+        if at is not None and x.shape[-1] % at.mesh.shape.get("fsdp", 1) == 0 and "fsdp" in at.spec[0]:
+            others = tuple(axis for axis in at.spec[0] if axis != "fsdp")
+            features = NamedSharding(at.mesh, PartitionSpec(others or None, None, "fsdp"))
+            x = jax.lax.with_sharding_constraint(x, features)
+        return self.by_rows(x)
+
+    def _rows_for(self, x: jax.Array) -> NamedSharding | None:
+        """How x [B, ...] is to lie; None without a mesh, and where the rows cannot be dealt out evenly."""
         at = self.batch_sharding
         if at is None or not at.spec or x.shape[0] % math.prod(at.mesh.shape[axis] for axis in at.spec[0]):
-            return x
-        return jax.lax.with_sharding_constraint(x, at)
+            return None
+        return at
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's function; call the model itself instead."""

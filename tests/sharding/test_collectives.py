@@ -136,6 +136,19 @@ def test_rows_stay_where_they_are(plain: list[Move]) -> None:
     assert sum(move.nbytes for move in activations if move.shape[-1] == WIDTH) == LAYERS * 4 * own * (2 + 5)
 
 
+def test_embedding_moves_no_more_than_a_share_of_the_rows() -> None:
+    mesh = jpeft.make_mesh(data=2, fsdp=2, tensor=2)
+    config = {**CONFIG, "num_hidden_layers": 1}
+    model = nnx.eval_shape(lambda: jpeft.models.from_config(config, task="causal-lm", rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(jpeft.shard(model, mesh))
+    ids = jax.ShapeDtypeStruct((ROWS, TIME), jnp.int32, sharding=batch_sharding(mesh))
+    hidden = jax.jit(lambda state, ids: nnx.merge(graphdef, state).hidden(ids))
+    found = moves(hidden.lower(state, ids).compile().as_text())
+    activations = [move for move in found if move.dtype == "f32" and len(move.shape) > 2]
+    assert activations
+    assert max(math.prod(move.shape) for move in activations) == ROWS // 4 * TIME * WIDTH
+
+
 def test_a_quantised_base_moves_as_codes() -> None:
     found = gathers(moves(compiled_step(quantise=True).as_text()))
     layers = [move for move in found if move.times == LAYERS and RANK not in move.shape]
