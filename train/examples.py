@@ -14,7 +14,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,17 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+class Tags(NamedTuple):
+    """The tags of words. tags, words: int32 [T], at a word's first sub-word its tag and its number, elsewhere -100.
+
+    all: int32 [W], the tag of every word, also of those that no token stands for.
+    """
+
+    tags: np.ndarray
+    words: np.ndarray
+    all: np.ndarray
 
 
 class Reader:
@@ -216,7 +227,7 @@ class Reader:
         return made
 
     def tagged(self, words: Sequence[str], tags: Sequence[int], row: int) -> list[Example]:
-        """Words with a tag each. label: int32 [2, T], a word's tag and its number at its first sub-word, else -100."""
+        """Words with the number of a tag each. label: `Tags`."""
         if not words:
             self.counts["rows without words left out"] += 1
             return []
@@ -227,14 +238,14 @@ class Reader:
             return_offsets_mapping=True,
             return_token_type_ids=self.types,
         )
-        label = np.full((2, len(made.input_ids)), -100, np.int32)
+        tokens = np.full((2, len(made.input_ids)), -100, np.int32)
         begins = np.cumsum([0, *(len(word) + 1 for word in words)])  # of each word in the text
         seen, last = 0, -1
         for at, (begin, end) in enumerate(made.offset_mapping):
             # A token may begin with the blank before its word, and special tokens are of no characters.
             word = int(np.searchsorted(begins, end, side="left")) - 1
             if end > begin and word > last:
-                label[:, at] = tags[word], word
+                tokens[:, at] = tags[word], word
                 seen, last = seen + 1, word
         whole = (
             len(made.input_ids) < self.max_length or len(self.tokenizer(" ".join(words)).input_ids) <= self.max_length
@@ -246,9 +257,9 @@ class Reader:
             self.counts["rows without a word that has a token left out"] += 1
             return []
         ids, types = np.asarray(made.input_ids, np.int32), made.get("token_type_ids") if self.types else None
-        return [
-            Example(ids, np.zeros(len(ids), bool), row, label, None if types is None else np.asarray(types, np.int32))
-        ]
+        label = Tags(tokens[0], tokens[1], np.asarray(tags, np.int32))
+        types = None if types is None else np.asarray(types, np.int32)
+        return [Example(ids, np.zeros(len(ids), bool), row, label, types)]
 
     def _render(
         self,

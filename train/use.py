@@ -46,12 +46,9 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
         raise JpeftError(f"{target}: exists and is not an empty folder; give a new one")
     run = open_run(folder)
     jpeft.models.save(jpeft.merge(run.model, dequantize=True), target)
-    if run.task.labels:
-        path = target / "config.json"
-        written = json.loads(path.read_text(encoding="utf-8"))
-        written["id2label"] = {str(number): label for number, label in enumerate(run.task.labels)}
-        written["label2id"] = {label: number for number, label in enumerate(run.task.labels)}
-        path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    path = target / "config.json"
+    written = {**json.loads(path.read_text(encoding="utf-8")), **run.task.saved_config}
+    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     run.reader.tokenizer.save_pretrained(target)
     yield f"merged into {target}; load it with jpeft.models.load({str(target)!r}) or with transformers"
     if run.config.model.base is not None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import jpeft
 from jpeft import JpeftError
@@ -53,7 +55,8 @@ def test_the_first_sub_word_carries_the_tag() -> None:
         reader = Reader(make_tokenizer(bos=bos), 64)
         (example,) = reader.tagged(["the", "zebra", "xx", "red"], [3, 1, 2, 0], 7)
         tokens = reader.tokenizer.convert_ids_to_tokens(example.ids)
-        tags, words = example.label
+        tags, words, wanted = example.label
+        assert wanted.tolist() == [3, 1, 2, 0]
         carrying = [(tokens[at], int(tags[at]), int(words[at])) for at in np.flatnonzero(tags >= 0)]
         assert [(tag, word) for _, tag, word in carrying] == [(3, 0), (1, 1), (2, 2), (0, 3)]
         assert carrying[0][0] == "the"
@@ -61,6 +64,32 @@ def test_the_first_sub_word_carries_the_tag() -> None:
         assert len(tokens) > 8  # the words in between have several tokens each
         assert not example.targets.any()
         assert not +reader.counts
+
+
+@pytest.mark.parity
+def test_sub_words_are_aligned_as_transformers_aligns_them() -> None:
+    """Word pieces, as of BERT: the first token of each word by transformers' own count of split words."""
+    alphabet = "abcdefgh"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *alphabet, *(f"##{letter}" for letter in alphabet), "ab", "##cd", "-"]
+    made = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]", pad_token="[PAD]"
+    )
+    random = np.random.default_rng(0)
+    for length in (6, 64):
+        reader = Reader(tokenizer, length)
+        for row in range(30):
+            words = ["".join(random.choice([*alphabet, "-", "x"], size=random.integers(1, 6))) for _ in range(8)]
+            (example,) = reader.tagged(words, range(8), row)
+            theirs = tokenizer(words, is_split_into_words=True, truncation=True, max_length=length)
+            numbers = theirs.word_ids()
+            first = [n if n is not None and n not in numbers[:at] else -100 for at, n in enumerate(numbers)]
+            assert example.ids.tolist() == theirs.input_ids
+            assert example.label.words.tolist() == example.label.tags.tolist() == first
 
 
 def test_words_that_are_not_seen_are_counted_and_scored_as_outside(jsonl: Callable[..., Path]) -> None:
@@ -84,11 +113,15 @@ def test_tags_are_text_or_numbers_of_names(tmp_path: Path) -> None:
         {"words": datasets.List(datasets.Value("string")), "tags": datasets.List(datasets.ClassLabel(names=names))}
     )
     rows = [{"words": ["the", "red", "one"], "tags": [0, 1, 2]} for _ in range(8)]
-    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
-    task = prepared(source=str(tmp_path / "rows.parquet"), tokens="words", tags="tags", test_size=2)
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    task = prepared(source=str(path), tokens="words", tags="tags", test_size=2)
     assert task.kind.labels == tuple(names)
     assert task.right[0] == ["O", "B-x", "I-x"]
-    assert task.train[0].label[0].max() == 2
+    assert task.train[0].label.tags.max() == 2
+    moved = prepared(source=str(path), tokens="words", tags="tags", test_size=2, labels=["I-x", "B-x", "O"])
+    assert moved.right == task.right
+    assert moved.train[0].label.all.tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +174,9 @@ def test_a_run_with_several_labels(bert: Path, jsonl: Callable[..., Path], confi
     assert result.after.metrics["micro_f1"] > max(0.9, result.before.metrics["micro_f1"])
     (said,) = use.generate(tmp_path / "run", ["is blue red"])
     assert said.split()[::2] == ["blue", "red"]
+    list(use.merge(tmp_path / "run", tmp_path / "merged"))
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["problem_type"] == "multi_label_classification"
     null = jsonl([*rows, {"text": "a", "label": None}], "null.jsonl")
     with pytest.raises(JpeftError, match=r"null\.jsonl, line 49: the labels are missing"):
         prepared(source=str(null), test_source=str(jsonl(rows)), text="text", label="label", problem_type="multi-label")
@@ -191,8 +227,8 @@ def test_the_losses_are_the_plain_formulas(bert: Path, jsonl: Callable[..., Path
                 wanted = -np.mean(np.log(np.where(example.label > 0, shares, 1 - shares)))
                 assert found[at].tolist() == (logits > 0).tolist()
             else:
-                learnt = np.flatnonzero(example.label[0] >= 0)
+                learnt = np.flatnonzero(example.label.tags >= 0)
                 shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-                wanted, weight = -np.log(shares[learnt, example.label[0][learnt]]).sum(), len(learnt)
+                wanted, weight = -np.log(shares[learnt, example.label.tags[learnt]]).sum(), len(learnt)
             np.testing.assert_allclose(losses[at], wanted, rtol=1e-4)
             assert batch["weights"][at] == weight

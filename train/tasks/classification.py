@@ -37,6 +37,11 @@ class SequenceTask(Task):
     def described_by(cls, data: DataConfig) -> bool:
         return super().described_by(data) and (data.problem_type or "single-label") == cls.problem_type
 
+    @property
+    def saved_config(self) -> dict[str, Any]:
+        theirs = {"single-label": "single_label_classification", "multi-label": "multi_label_classification"}
+        return {**super().saved_config, "problem_type": theirs.get(self.problem_type, self.problem_type)}
+
     def label(self, rows: Rows) -> Callable[[Any, int], Any]:
         """The function (value of the label's column, row) -> label of an example."""
         raise NotImplementedError

@@ -24,7 +24,7 @@ class LanguageTask(Task):
 
     @staticmethod
     def width(examples: Sequence[Example]) -> int:
-        return rounded(max(1, *(int(example.targets.sum()) for example in examples)))
+        return rounded(max((int(example.targets.sum()) for example in examples), default=1) or 1)
 
     @staticmethod
     def targets(examples: Sequence[Example], length: int, width: int) -> dict[str, np.ndarray]:

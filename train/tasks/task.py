@@ -66,6 +66,12 @@ class Task:
         """How many outputs a new head has; None where the checkpoint has the head."""
         return len(self.labels) or None
 
+    @property
+    def saved_config(self) -> dict[str, Any]:
+        """What config.json of a merged model says of the task, as transformers reads it."""
+        names = {str(number): label for number, label in enumerate(self.labels)}
+        return {"id2label": names, "label2id": {label: int(number) for number, label in names.items()}} if names else {}
+
     def columns(self) -> dict[str, tuple[str, ...]]:
         """The columns that each key of `data:` names."""
         keys = (*self.required, *self.optional)

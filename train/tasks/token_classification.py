@@ -25,10 +25,7 @@ OUTSIDE = "O"  # the tag of words that belong to no span, and of those that the 
 
 
 class TokenClassification(Task):
-    """Cross-entropy of the tags, each at the first sub-word of its word (Devlin et al. 2019, arXiv:1810.04805).
-
-    An example's label is int32 [2, T]: at the first sub-word of a word its tag and its number, elsewhere `IGNORED`.
-    """
+    """Cross-entropy of the tags, each at the first sub-word of its word (Devlin et al. 2019, arXiv:1810.04805)."""
 
     name = "token-classification"
     head = "token-classification"
@@ -96,7 +93,7 @@ class TokenClassification(Task):
     def targets(examples: Sequence[Example], length: int, width: int) -> dict[str, np.ndarray]:
         labels = np.full((len(examples), length), IGNORED, np.int32)
         for at, example in enumerate(examples):
-            labels[at, : len(example)] = example.label[0]
+            labels[at, : len(example)] = example.label.tags
         return {"labels": labels, "weights": np.sum(labels != IGNORED, axis=1).astype(np.float32)}
 
     @staticmethod
@@ -108,15 +105,12 @@ class TokenClassification(Task):
 
     def guess(self, output: np.ndarray, example: Example, row: Mapping[str, Any]) -> list[str]:
         found = [OUTSIDE] * len(row[str(self.data.tokens)])
-        tags, words = example.label
-        for at in np.flatnonzero(tags != IGNORED):
-            found[words[at]] = self.labels[output[at]]
+        for at in np.flatnonzero(example.label.tags != IGNORED):
+            found[example.label.words[at]] = self.labels[output[at]]
         return found
 
     def right(self, example: Example, row: Mapping[str, Any]) -> list[str]:
-        names = [str(tag) for tag in row[str(self.data.tags)]]
-        # Numbers of a ClassLabel stand for the labels in their order.
-        return names if set(names) <= set(self.labels) else [self.labels[int(name)] for name in names]
+        return [self.labels[number] for number in example.label.all]
 
     def shown(self, value: Sequence[str], row: Mapping[str, Any]) -> str:
         return spelled(row[str(self.data.tokens)], value)
