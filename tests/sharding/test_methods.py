@@ -90,7 +90,8 @@ def _cases() -> list[tuple[str, str, str]]:
 def base_of(name: str) -> Any:
     config, task = CONFIGS[name]
     model = jpeft.models.from_config(config, task=task, rngs=nnx.Rngs(0))
-    return jpeft.NF4(block_size=4)(model) if name.endswith("nf4") else model
+    form = jpeft.NF4(block_size=4, targets=["q_proj", "down_proj"])
+    return form(model) if name.endswith("nf4") else model
 
 
 @functools.cache
