@@ -14,23 +14,12 @@ from jax.sharding import PartitionSpec as P
 import jpeft
 from jpeft.models.tensors import SafetensorsFolder
 from tests.sharding.test_methods import CONFIGS
-
-
-class Counted(np.ndarray):
-    """A mapped tensor that notes how many bytes are taken out of it."""
-
-    taken = 0
-
-    def __getitem__(self, index: Any) -> Any:
-        part = np.asarray(self)[index]
-        Counted.taken += part.nbytes
-        return part
+from tests.sharding.training import Counted, counting
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
-    whole = SafetensorsFolder.read
-    monkeypatch.setattr(SafetensorsFolder, "read", lambda self, name: whole(self, name).view(Counted))
+    monkeypatch.setattr(SafetensorsFolder, "read", counting(SafetensorsFolder.read))
     Counted.taken = 0
     return Counted
 

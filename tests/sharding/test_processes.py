@@ -38,11 +38,15 @@ def test_two_processes_load_train_save_and_load_together(tmp_path: Path) -> None
     assert [process.returncode for process in running] == [0, 0], results
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in results)
 
-    # Cut along fsdp, each process holds half of a weight; a norm is whole on each of its devices.
+    # Cut along fsdp, each process holds half of a weight; a norm is whole on each of its devices, but is read once.
+    frozen = jpeft.partition(base).frozen
+    norms = sum(value.nbytes for key, value in frozen.items() if key.endswith("scale"))
+    weights = sum(value.nbytes for value in frozen.values()) - norms
     for found in (first, second):
-        for key, value in jpeft.partition(base).frozen.items():
+        for key, value in frozen.items():
             copies = training.DEVICES if key.endswith("scale") else 0.5
             assert found["held"][key] == copies * value.nbytes, key
+        assert found["read"] == weights // 2 + norms
 
     one = jpeft.make_mesh(devices=jax.devices()[:1])
     wanted, losses = training.train(base, one, training.rows())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jpeft
 from jpeft.losses import causal_lm_loss
+from jpeft.models.tensors import SafetensorsFolder
 
 PROCESSES, DEVICES = 2, 2  # devices of each process
 ROWS, TIME, VOCABULARY = 4, 6, 32
@@ -32,6 +34,22 @@ CONFIG = {
     "max_position_embeddings": 32,
 }
 METHOD = jpeft.LoRA(rank=2, targets="all-linear", dropout=0.25)
+
+
+class Counted(np.ndarray):
+    """A mapped tensor that notes how many bytes are taken out of it."""
+
+    taken = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        part = np.asarray(self)[index]
+        Counted.taken += part.nbytes
+        return part
+
+
+def counting(read: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """`SafetensorsFolder.read`, whose tensors count."""
+    return lambda folder, name: read(folder, name).view(Counted)
 
 
 def rows() -> np.ndarray:
@@ -79,7 +97,10 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.distributed.initialize(f"localhost:{port}", PROCESSES, number)
     mesh = jpeft.make_mesh(data=1, fsdp=2, tensor=2)
+    read = SafetensorsFolder.read
+    SafetensorsFolder.read = counting(read)  # type: ignore[method-assign]
     base = jpeft.models.load(folder / "model", mesh=mesh)
+    SafetensorsFolder.read = read  # type: ignore[method-assign]
     held = {
         key: sum(shard.data.nbytes for shard in value.addressable_shards)
         for key, value in jpeft.partition(base).frozen.items()
@@ -92,7 +113,7 @@ def main() -> None:
     again = jpeft.load_adapter(folder / "adapter", jpeft.models.load(folder / "model", mesh=other))
     for key, value in values(jpeft.shard(again, other)).items():
         assert np.array_equal(value, values(model)[key]), key
-    print(json.dumps({"losses": losses, "held": held}))
+    print(json.dumps({"losses": losses, "held": held, "read": Counted.taken}))
 
 
 if __name__ == "__main__":
