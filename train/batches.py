@@ -126,8 +126,8 @@ class Batches:
         example = self._examples[row]
         if not self._task.draws:
             return example
-        # A key of other length for what does not depend on the epoch: no run trains on the masks it is scored by.
-        key = [row] if self._seed is None else [self._seed, epoch, row]
+        # Seeds of runs are smaller, so no run trains on the masks that it is scored by.
+        key = [2**31, 0, row] if self._seed is None else [self._seed, epoch, row]
         return self._task.drawn(example, np.random.Generator(np.random.PCG64(key)))
 
 

@@ -290,7 +290,10 @@ def _together(config: Config, children: Mapping[str, Node]) -> Faults:
     for key, message in _task_faults(config):
         fault(key, message)
     if not faults:
-        faults += _metric_faults(config, children)
+        for key, message in _metric_faults(config):
+            given = children["evaluation"].value
+            at = given[key].where if isinstance(given, dict) and key in given else children["evaluation"].where
+            faults.append(Fault(at, f"evaluation.{key}", message))
     if config.model.pooling is not None and data.label is None:
         fault("label", "required: model.pooling is for classification")
     if sum(value is not None for value in (data.test_source, data.test_split)) and data.test_size is not None:
@@ -300,33 +303,25 @@ def _together(config: Config, children: Mapping[str, Node]) -> Faults:
     return faults
 
 
-def _metric_faults(config: Config, children: Mapping[str, Node]) -> Faults:
-    """A fault for each metric that the task does not have."""
+def _metric_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """(key of `evaluation:`, what is wrong) for each metric that the task does not have."""
     from train.metrics import METRICS
     from train.tasks import task_of
 
-    names, task = config.evaluation.metrics, task_of(config.data, config.model.task)
-    if names is None:
-        return []
+    names, best = config.evaluation.metrics, config.evaluation.best
+    task = task_of(config.data, config.model.task)
     known = dict.fromkeys([*METRICS.get(task.measure or "", ()), *task.metrics, "loss"])
-    where, none = children["evaluation"].where, task.writes and config.evaluation.answers == "none"
-    return [
-        Fault(where, "evaluation.metrics", said)
-        for said in [
-            *(
-                f"{name!r} is no metric of {task.name}; did you mean {nearest(name, known, 1)[0]}? (there are "
-                f"{', '.join(known)})"
-                for name in names
-                if name not in known
-            ),
-            *(
-                f"{name} scores answers, and evaluation.answers is none"
-                for name in names
-                if none and name in METRICS["texts"]
-            ),
-            *(["the list is empty; leave it out for the default ones"] if not names else []),
-        ]
-    ]
+    silent = task.writes and config.evaluation.answers == "none"
+    for key, name in [*(("metrics", name) for name in names or ()), *([("best", best)] if best else [])]:
+        if name not in known:
+            near = nearest(name, known, 1)[0]
+            yield key, f"{name!r} is no metric of {task.name}; did you mean {near}? (there are {', '.join(known)})"
+        elif silent and name in METRICS["texts"]:
+            yield key, f"{name} scores answers, and evaluation.answers is none"
+        elif key == "best" and names and name not in (*names, "loss"):
+            yield key, f"{name} is not among evaluation.metrics; add it there"
+    if names == []:
+        yield "metrics", "the list is empty; leave it out for the default ones"
 
 
 def _task_faults(config: Config) -> Iterator[tuple[str, str]]:

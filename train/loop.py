@@ -29,13 +29,12 @@ from train.evaluate import Evaluator, Score
 from train.examples import Reader
 from train.folder import AFTER, BEFORE, RunFolder, write_whole
 from train.health import Health
+from train.metrics import LOWER_IS_BETTER
 from train.schema import Config
 from train.step import make_step, optimizer, rates
 from train.stopping import Stopped, Stopping
 from train.trackers import Trackers
 
-# Metrics of which less is better.
-_LOW = frozenset({"loss", "perplexity", "rmse"})
 # Metrics that are known without what the model writes.
 _CHEAP = frozenset({"loss", "perplexity"})
 
@@ -238,7 +237,7 @@ class Loop:
         score = self._evaluate(self.done, log, f"step {self.done}", answers=best is not None and best not in _CHEAP)
         if best is None:
             return
-        value = -score.metrics[best] if best in _LOW else score.metrics[best]
+        value = -score.metrics[best] if best in LOWER_IS_BETTER else score.metrics[best]
         if value > self.state.notes.get("best_value", -math.inf):
             notes = {**self.state.notes, "best_value": value, "best_step": self.done}
             self.state = dataclasses.replace(self.state, best=jax.tree.map(jnp.copy, self.state.adapter), notes=notes)

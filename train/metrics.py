@@ -133,6 +133,8 @@ def rouge_l(right: Sequence[str], said: Sequence[str]) -> float:
     return _rouge("rougeL", right, said)
 
 
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "mae"})  # of all others, more is better
+
 # By what is predicted (`Task.measure`), then by name.
 METRICS: dict[str, dict[str, Metric]] = {
     "classes": {"accuracy": accuracy, "macro_f1": macro_f1, "f1": f1, "matthews": matthews},

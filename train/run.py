@@ -70,7 +70,9 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     )
     limit = min(config.data.max_length, session.context(model) or config.data.max_length)
     types = session.takes_types(model)
-    task = task_data.prepare(task_of(data, config.model.task), train_rows, test_rows, tokenizer, limit, types=types)
+    kind = task_of(data, config.model.task)
+    kind.check_model(model)
+    task = task_data.prepare(kind, train_rows, test_rows, tokenizer, limit, types=types)
     for name, counts in task.counts.items():
         for what, count in counts.items():
             display.say(f"warning   {name}: {count} {what}")

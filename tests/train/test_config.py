@@ -145,6 +145,12 @@ def test_one_rule_for_files_and_overrides(config_file: Callable[..., Path], over
             "evaluation:\n  metrics: [accurcy]\ntraining:",
             ["evaluation.metrics: 'accurcy' is no metric of text; did you mean", "perplexity"],
         ),
+        ("training:", "evaluation:\n  best: f1\ntraining:", ["line 11: evaluation.best: 'f1' is no metric of text"]),
+        (
+            "training:",
+            "evaluation:\n  metrics: [loss]\n  best: perplexity\ntraining:",
+            ["evaluation.best: perplexity is not among evaluation.metrics"],
+        ),
         (
             "  text: text",
             "  prompt: p\n  completion: c\nevaluation:\n  metrics: [bleu, loss]\n  answers: none",

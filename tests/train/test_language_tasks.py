@@ -74,6 +74,11 @@ def test_a_packed_run(llama: Path, jsonl: Callable[..., Path], config_file: Any,
     assert packed.before.metrics["loss"] == pytest.approx(plain.before.metrics["loss"], rel=1e-5)
     assert packed.after.metrics["loss"] < packed.before.metrics["loss"]
     assert list(plain.after.metrics) == ["perplexity", "loss"]
+    packing = task_of(DataConfig(source="x", text="text", packing=True))
+    prompted = jpeft.PromptTuning(num_virtual_tokens=2)(jpeft.models.load(llama), rngs=0)
+    packing.check_model(jpeft.strip(prompted))
+    with pytest.raises(JpeftError, match=r"data\.packing: the method puts virtual tokens into each row"):
+        packing.check_model(prompted)
 
 
 def test_an_encoder_decoder(t5: Path, jsonl: Callable[..., Path], config_file: Any, tmp_path: Path) -> None:
@@ -131,9 +136,11 @@ def test_masks_are_drawn_from_seed_epoch_and_row(jsonl: Callable[..., Path]) -> 
 
     one = batch(3, 1)
     assert all(np.array_equal(one[name], batch(3, 1)[name]) for name in one)
-    for other in (batch(3, 0), batch(2, 1), batch(None, 0)):
+    for other in (batch(3, 0), batch(2, 1), batch(None, 0), batch(0, 0)):
         assert not np.array_equal(one["positions"], other["positions"])
     assert np.array_equal(batch(None, 0)["input_ids"], batch(None, 5)["input_ids"])
+    for seed in range(8):  # held-out rows share no mask with training ones
+        assert not np.array_equal(batch(None, 0)["input_ids"][seed], batch(seed, 0)["input_ids"][0])
     # Of its place in the epoch a row's mask does not depend.
     assert np.array_equal(one["input_ids"][7], batch(3, 1, (7,))["input_ids"][0])
     assert {window.epoch for window in plan(lengths, edges(lengths), 8, 3, 5)} == {5}

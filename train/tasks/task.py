@@ -93,6 +93,9 @@ class Task:
         read = self.reader(rows, reader)
         return [example for index, row in enumerate(rows.dataset) for example in read(row, index)]
 
+    def check_model(self, model: Any) -> None:
+        """Raises JpeftError where the adapted model cannot take such rows."""
+
     # Loss
 
     draws: ClassVar[bool] = False  # whether `drawn` changes examples

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jpeft.errors import JpeftError
+from jpeft.virtual_tokens import prompt_of
 from train.examples import Example, Reader
 from train.generation import generate_texts
 from train.packing import pack
@@ -29,6 +31,14 @@ class Text(LanguageTask):
     def examples(self, rows: Rows, reader: Reader) -> list[Example]:
         made = super().examples(rows, reader)
         return pack(made, reader.max_length) if self.data.packing else made
+
+    def check_model(self, model: Any) -> None:
+        prompt = prompt_of(model)
+        if self.data.packing and prompt is not None and prompt.position is not None:
+            raise JpeftError(
+                "data.packing: the method puts virtual tokens into each row, and every text of a packed row would need "
+                "its own; leave packing out"
+            )
 
     def example_prompt(self, row: Mapping[str, Any]) -> tuple[str, bool] | None:
         return " ".join(text_of(row[str(self.data.text)]).split()[:12]), False
