@@ -258,6 +258,21 @@ METHODS: dict[str, Entry] = {
         on={"user-stack-remat": jpeft.TrainableTokens(tokens=[7, 2, 30, 11, 5, 21, 14], targets="embed")},
         starts="closely",
     ),
+    "vera": Entry(
+        jpeft.VeRA(rank=5, targets=["q_proj", "down_proj"], layers=[0, 1]),
+        models=("user-stack-remat", "llama"),
+        on={"user-stack-remat": jpeft.VeRA(rank=5)},
+        rows=False,
+    ),
+    "loha": Entry(jpeft.LoHa(rank=2, alpha=3.0), models=("user-stack-remat",), rows=False),
+    "lokr": Entry(jpeft.LoKr(rank=1, alpha=3.0), models=("user-stack-remat",), rows=False),
+    "oft": Entry(
+        jpeft.OFT(block_size=4),
+        models=("user-stack-remat", "llama-nf4"),
+        on={"llama-nf4": jpeft.OFT(block_size=2, layers=[1])},
+        starts="closely",
+        rows=False,
+    ),
     # Adapters: behind linear layers of every family, beside a feed-forward that is one module and one that is two.
     "houlsby": Entry(
         jpeft.Houlsby(bottleneck_size=5),

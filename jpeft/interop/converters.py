@@ -12,6 +12,7 @@ from jpeft.interop.norms import LN_TUNING
 from jpeft.interop.prefix import PREFIX_TUNING
 from jpeft.interop.prompts import P_TUNING, PROMPT_TUNING
 from jpeft.interop.tokens import TRAINABLE_TOKENS
+from jpeft.interop.weight_updates import WEIGHT_UPDATES
 from jpeft.methods import Method
 
 CONVERTERS: tuple[Converter, ...] = (
@@ -23,6 +24,7 @@ CONVERTERS: tuple[Converter, ...] = (
     P_TUNING,
     PREFIX_TUNING,
     TRAINABLE_TOKENS,
+    *WEIGHT_UPDATES,
 )
 
 

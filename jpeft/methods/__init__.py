@@ -20,6 +20,7 @@ from jpeft.methods.prompt import PromptTuning, PTuning
 from jpeft.methods.retrained import BitFit, FullTuning, NormTuning
 from jpeft.methods.trainable_tokens import TrainableTokens
 from jpeft.methods.unipelt import UniPELT
+from jpeft.methods.weight_updates import OFT, LoHa, LoKr, VeRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -43,6 +44,10 @@ METHODS: dict[str, type[Method]] = {
     "adapter_fusion": AdapterFusion,
     "ia3": IA3,
     "trainable_tokens": TrainableTokens,
+    "vera": VeRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "oft": OFT,
 }
 
 
@@ -59,6 +64,7 @@ __all__ = [
     "IA3",
     "MAM",
     "METHODS",
+    "OFT",
     "AdaLoRA",
     "AdapterFusion",
     "BitFit",
@@ -67,6 +73,8 @@ __all__ = [
     "DropAdapters",
     "FullTuning",
     "Houlsby",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoRAFA",
     "LoRAPlus",
@@ -80,6 +88,7 @@ __all__ = [
     "PromptTuning",
     "TrainableTokens",
     "UniPELT",
+    "VeRA",
     "adalora_ranks",
     "applied",
     "compose",

@@ -311,6 +311,27 @@ def test_norms(name: str, bases: Any, tmp_path: Path) -> None:
     both_ways(name, config, bases, tmp_path)
 
 
+UPDATES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "vera": ("gpt2", "VeraConfig", {"r": 5, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+    "loha": ("llama", "LoHaConfig", {"r": 3, "alpha": 5, "target_modules": ["q_proj", "down_proj"]}),
+    "lokr": ("llama", "LoKrConfig", {"r": 2, "alpha": 5, "target_modules": ["k_proj", "o_proj", "up_proj"]}),
+    "oft": ("bert", "OFTConfig", {"oft_block_size": 4, "target_modules": ["query", "output.dense"]}),
+    "oft-exact": (
+        "llama",
+        "OFTConfig",
+        {"oft_block_size": 8, "target_modules": ["v_proj", "down_proj"], "use_cayley_neumann": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UPDATES)
+def test_weight_updates(case: str, bases: Any, tmp_path: Path) -> None:
+    import peft
+
+    name, kind, fields = UPDATES[case]
+    both_ways(name, getattr(peft, kind)(task_type=TASK_TYPES[BASES[name][3]], **fields), bases, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_trainable_tokens(name: str, bases: Any, tmp_path: Path) -> None:
     import peft
