@@ -13,10 +13,12 @@ import pytest
 
 import jpeft
 from train import batches
-from train.examples import Example
+from train.examples import Example, Tags
 from train.schema import TrainingConfig
 from train.step import make_scorer, make_step, optimizer, schedule
+from train.tasks.task import Task
 from train.tasks.text import Text
+from train.tasks.token_classification import TokenClassification
 
 LENGTHS = ((5, 3), (40, 30), (12, 1), (9, 0))  # tokens, learnt tokens
 
@@ -25,7 +27,9 @@ def rows() -> list[Example]:
     made = []
     for row, (length, learnt) in enumerate(LENGTHS):
         ids = np.random.default_rng(row).integers(5, 100, size=length).astype(np.int32)
-        made.append(Example(ids, np.arange(length) >= length - learnt, row))
+        targets = np.arange(length) >= length - learnt
+        tags = np.where(targets, np.arange(length) % 3, -100)
+        made.append(Example(ids, targets, row, Tags(tags, np.cumsum(targets) - 1, tags[targets])))
     return made
 
 
@@ -43,11 +47,12 @@ def adapted(folder: Path, *, dropout: float = 0.0, **given: Any) -> Any:
     return model, graphdef, moved, buffers, frozen
 
 
-def update(parts: Any, size: int, accumulation: int, *, key: int = 0, number: int = 0) -> Any:
+def update(parts: Any, size: int, accumulation: int, *, key: int = 0, number: int = 0, task: type[Task] = Text) -> Any:
     _, graphdef, adapter, buffers, frozen = parts
     transform = optax.sgd(1.0)  # shows the gradient itself
-    step = make_step(graphdef, Text, transform)
-    batch = batches.Batches(Text, rows())(batches.Window((0, 1, 2, 3)[: size * accumulation], 40), size * accumulation)
+    step = make_step(graphdef, task, transform)
+    window = batches.Window((0, 1, 2, 3)[: size * accumulation], 40)
+    batch = batches.Batches(task, rows())(window, size * accumulation)
     adapter = jax.tree.map(jnp.copy, adapter)
     found, _, metrics = step(
         adapter,
@@ -68,10 +73,11 @@ def assert_close(one: Any, other: Any, tolerance: float = 1e-6) -> None:
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(1, 2), (2, 2)])
-def test_accumulation_weighs_by_tokens(llama: Path, size: int, accumulation: int) -> None:
-    parts = adapted(llama)
-    whole, metrics = update(parts, size * accumulation, 1)
-    cut, same = update(parts, size, accumulation)
+@pytest.mark.parametrize("task", [Text, TokenClassification])
+def test_accumulation_weighs_by_tokens(llama: Path, bert: Path, size: int, accumulation: int, task: type[Task]) -> None:
+    parts = adapted(llama) if task is Text else adapted(bert, task=task.head, num_labels=3)
+    whole, metrics = update(parts, size * accumulation, 1, task=task)
+    cut, same = update(parts, size, accumulation, task=task)
     assert_close(whole, cut)
     assert float(metrics["loss"]) == pytest.approx(float(same["loss"]), rel=1e-6)
     assert any(float(jnp.abs(whole[name] - parts[2][name]).max()) > 1e-3 for name in whole)
