@@ -59,6 +59,7 @@ def configured(model: str, depth: int) -> dict[str, jpeft.Method]:
         "adapter_fusion": lambda: jpeft.AdapterFusion(adapter=jpeft.Pfeiffer(), tasks=3),
         "full_tuning": lambda: jpeft.FullTuning(targets=WHOLE[model], layers=[depth - 1]),
         "bitfit": lambda: jpeft.BitFit(new_biases=model == "llama"),
+        "trainable_tokens": lambda: jpeft.TrainableTokens(tokens=range(10)),
     }
     methods = {}
     for name, kind in jpeft.METHODS.items():
