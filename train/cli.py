@@ -1,4 +1,4 @@
-"""The command line: `jpeft train`, `jpeft generate`, `jpeft merge`, `jpeft export`, `jpeft report`.
+"""The command line: `jpeft train`, `jpeft eval`, `jpeft generate`, ..., `jpeft report`.
 
 JAX and everything that brings it are imported inside the commands, so that help appears at once.
 """
@@ -90,6 +90,29 @@ def generate(
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     for line in answers(run, prompt, max_new_tokens=max_new_tokens, raw=raw, adapted=not base, sampling=sampling):
+        typer.echo(line)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of its adapter.", metavar="RUN_OR_ADAPTER")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="File, package or hub id of the rows to score; default: those held out from the training."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="New .jsonl file for the predictions.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score this many rows at most.", min=1)] = None,
+    base: Annotated[bool, typer.Option("--base", help="Score the model without the adapter.")] = False,
+) -> None:
+    """Score a trained model on any rows, with the metrics of its run, and write what it says to each.
+
+    The rows have the columns that the run was trained on.
+
+    Example: jpeft eval runs/quickstart --data test.jsonl --output predictions.jsonl
+    """
+    from train.scoring import evaluate as scored
+
+    for line in scored(run, data, adapted=not base, limit=limit, output=output):
         typer.echo(line)
 
 

@@ -277,6 +277,21 @@ def _unknown(name: str, key: str, options: list[str]) -> str:
     return f"unknown key; did you mean {within}{nearest(plain, options, 1)[0]}? (known: {', '.join(options)})"
 
 
+def _group_faults(config: Config, children: Mapping[str, Node]) -> Faults:
+    """Settings of `training.groups` that there are none of, or that no optimizer can use."""
+    faults: Faults = []
+    known = {"learning_rate": "above 0", "weight_decay": "0 or more"}
+    for group, settings in (config.training.groups or {}).items():
+        for name, value in settings.items():
+            key, where = f"training.groups.{group}.{name}", children["training"].where
+            if name not in known:
+                near = nearest(name, list(known), 1)[0]
+                faults.append(Fault(where, key, f"unknown key; did you mean {near}? (known: {', '.join(known)})"))
+            elif value < 0 or (name == "learning_rate" and value == 0):
+                faults.append(Fault(where, key, f"{value!r} must be {known[name]}"))
+    return faults
+
+
 def _together(config: Config, children: Mapping[str, Node]) -> Faults:
     """Faults in how keys go together."""
     faults: Faults = []
@@ -289,6 +304,7 @@ def _together(config: Config, children: Mapping[str, Node]) -> Faults:
 
     for key, message in _task_faults(config):
         fault(key, message)
+    faults += _group_faults(config, children)
     if not faults:
         for key, message in _metric_faults(config):
             given = children["evaluation"].value

@@ -30,8 +30,9 @@ from train.examples import Reader
 from train.folder import AFTER, BEFORE, RunFolder, write_whole
 from train.health import Health
 from train.metrics import LOWER_IS_BETTER
+from train.optimizers import matrices, optimizer, rates
 from train.schema import Config
-from train.step import make_step, optimizer, rates
+from train.step import make_step
 from train.stopping import Stopped, Stopping
 from train.trackers import Trackers
 
@@ -67,7 +68,7 @@ class Loop:
         labels = jpeft.param_labels(model)
         groups = {key: labels[key] for key in adapter}
         self.rates = rates(training, self.steps, groups)
-        plain = optimizer(training, self.steps, groups)
+        plain = optimizer(training, self.steps, groups, matrices(model, groups))
         self.transform = jpeft.optimizer(model, plain, total_steps=self.steps)
         # The step donates its arrays, and those of `model` are its owner's.
         adapter = jax.tree.map(jnp.copy, adapter)

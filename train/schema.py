@@ -98,9 +98,19 @@ class TrainingConfig(Section):
     head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="peak learning rate of a new head; default: learning_rate"
     )
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"] = Field(
+        "adamw", description="the rule; adamw8bit keeps its moments in 8 bits, muon is for matrices, adamw for the rest"
+    )
+    groups: dict[str, dict[str, float]] | None = Field(
+        None,
+        description="learning_rate and weight_decay of groups of arrays: {lora_b: {learning_rate: 2e-3}, head: "
+        "{weight_decay: 0.1}}; a wrong name lists the groups that the method has",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="what follows the warm-up")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps in which the rate rises")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay (AdamW)")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="decoupled weight decay of matrices (no biases, norms)"
+    )
     clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global norm of the gradient")
     divergence: Annotated[float, Field(gt=1)] | None = Field(
         4.0,

@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function, and the optimizer it uses.
+"""One optimizer step as a pure function.
 
 Everything a step depends on is an argument: adapter, optimizer state, frozen arrays, batch, key, step number. Losses
 are sums over what is learnt, divided once by the count of the whole step, so the same rows give the same update however
@@ -12,12 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import jpeft
-from jpeft.errors import JpeftError
-from train.schema import TrainingConfig
 
 if TYPE_CHECKING:
     from train.tasks.task import Task
@@ -29,54 +26,6 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What a model is called with."""
     names = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
     return {name: batch[name] for name in names if name in batch}
-
-
-def schedule(training: TrainingConfig, steps: int, peak: float) -> optax.Schedule:
-    """The learning rate by optimizer step: warm-up from zero to `peak`, then constant or down to zero."""
-    warmup = round(training.warmup * steps)
-    rest = max(1, steps - warmup)
-    after: optax.Schedule = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
-    }[training.schedule]()
-    if not warmup:
-        return after
-    # Step 0 already moves: the rate rises from peak / warmup, not from nothing.
-    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([rise, after], [warmup])
-
-
-def peaks(training: TrainingConfig, labels: Mapping[str, str]) -> dict[str, float]:
-    """The peak learning rate of each group that `labels` names, by group."""
-    head = training.head_learning_rate or training.learning_rate
-    return {group: head if group == "head" else training.learning_rate for group in sorted(set(labels.values()))}
-
-
-def rates(training: TrainingConfig, steps: int, labels: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """The learning rate of each group by step, float32 [steps], before what a method makes of it (LoRA+ scales B's)."""
-    numbers = jnp.arange(steps)
-    return {
-        group: np.broadcast_to(np.asarray(schedule(training, steps, peak)(numbers), np.float32), (steps,))
-        for group, peak in peaks(training, labels).items()
-    }
-
-
-def optimizer(training: TrainingConfig, steps: int, labels: Mapping[str, str]) -> optax.GradientTransformation:
-    """AdamW over the adapter, `labels` giving the group of each of its arrays; a head has its own rate.
-
-    Raises JpeftError if a rate is given for a head that the model does not have.
-    """
-    if training.head_learning_rate is not None and "head" not in labels.values():
-        groups = ", ".join(sorted(set(labels.values())))
-        raise JpeftError(f"training.head_learning_rate: nothing that trains is a new head; the groups are {groups}")
-
-    def rule(peak: float) -> optax.GradientTransformation:
-        return optax.adamw(schedule(training, steps, peak), weight_decay=training.weight_decay)
-
-    rules = {group: rule(peak) for group, peak in peaks(training, labels).items()}
-    parts = [optax.partition(rules, dict(labels))]
-    return optax.chain(*([optax.clip_by_global_norm(training.clip)] if training.clip else []), *parts)
 
 
 def make_step(graphdef: Any, task: Task | type[Task], transform: optax.GradientTransformation) -> Callable[..., Any]:

@@ -109,6 +109,14 @@ def test_one_rule_for_files_and_overrides(config_file: Callable[..., Path], over
         ("1e-3", "-1e-3", ["line 11: training.learning_rate: -0.001 must be greater than 0"]),
         ("1e-3", "no", ["training.learning_rate: 'no' is not a number"]),
         ("1e-3", "[1]", ["training.learning_rate: a list is not a number"]),
+        (
+            "  learning_rate: 1e-3",
+            "  groups: {head: {learning_rate: 0, decay: 1}}",
+            [
+                "training.groups.head.learning_rate: 0.0 must be above 0",
+                "head.decay: unknown key; did you mean weight_decay",
+            ],
+        ),
         ("  learning_rate: 1e-3", "  schedule: cosin", ["'cosin' is not one of constant, linear, cosine", "cosine?"]),
         ("output:\n  folder: out\n", "", ["output: required"]),
         ("  folder: out", "  overwrite: true", ["output.folder: required"]),

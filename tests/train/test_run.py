@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import jpeft
 from jpeft import JpeftError
 from train import config as configs
-from train import session, use
+from train import scoring, session, use
 from train.cli import app
 from train.display import Display
 from train.run import train
@@ -106,6 +106,24 @@ def test_classification(bert: Path, rows: Path, tmp_path: Path, config_file: Cal
         train(path, ["method.rank=2"], quiet())
     with pytest.raises(JpeftError, match="not an empty folder"):
         list(use.merge(folder, folder))
+
+    # The adapter, scored again: the same; on rows of another file, with the answers; and the base, as before training.
+    assert list(scoring.evaluate(folder)) == [f"adapter   {result.after} (12 rows of {rows})"]
+    assert list(scoring.evaluate(folder, adapted=False)) == [f"base      {result.before} (12 rows of {rows})"]
+    predictions = tmp_path / "predictions.jsonl"
+    lines = list(scoring.evaluate(folder, str(rows), limit=9, output=predictions))
+    assert "(9 rows of" in lines[0]
+    read = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert read[1] == {
+        "row": f"{rows}, line 2",
+        "input": "the green one is",
+        "wanted": "green",
+        "predicted": "green",
+        "right": True,
+    }
+    assert f"accuracy {sum(entry['right'] for entry in read) / 9:.4g}" in lines[0]
+    with pytest.raises(JpeftError, match="--output: .* exists"):
+        list(scoring.evaluate(folder, str(rows), output=predictions))
 
     merged = tmp_path / "merged"
     list(use.merge(folder, merged))
@@ -289,7 +307,7 @@ def test_faults_on_the_command_line_are_one_message() -> None:
     assert "Traceback" not in made.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["merge"], ["export"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["eval"], ["merge"], ["export"], ["report"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     script = (
         "import sys; sys.argv = ['jpeft', *sys.argv[1:]]\n"

@@ -1,4 +1,4 @@
-"""The step: weighted by tokens, a pure function of its arguments, with a rate for each group."""
+"""The step: weighted by tokens, a pure function of its arguments."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 import jpeft
 from train import batches
 from train.examples import Example, Tags
-from train.schema import TrainingConfig
-from train.step import make_scorer, make_step, optimizer, schedule
+from train.step import make_scorer, make_step
 from train.tasks.task import Task
 from train.tasks.text import Text
 from train.tasks.token_classification import TokenClassification
@@ -147,39 +146,3 @@ def test_dropout_is_a_function_of_key_and_step(llama: Path) -> None:
     batch = batches.Batches(Text, rows())(batches.Window((0, 1), 40), 2)
     one, two = (score(adapter, buffers, frozen, batch)[0] for _ in range(2))
     assert one.tolist() == two.tolist()
-
-
-def test_groups_have_their_own_rates(bert: Path) -> None:
-    model, _, adapter, _, _ = adapted(bert, task="sequence-classification", num_labels=3)
-    labels = {name: label for name, label in jpeft.param_labels(model).items() if name in adapter}
-    assert "head" in labels.values()
-    training = TrainingConfig(learning_rate=1e-3, head_learning_rate=1e-2, schedule="constant", warmup=0.0, clip=None)
-    transform = optimizer(training, 10, labels)
-    grads = {name: jnp.ones_like(array) for name, array in adapter.items()}
-    updates, state = transform.update(grads, transform.init(adapter), adapter)
-    for name, label in labels.items():
-        # AdamW's first step has the size of the rate.
-        np.testing.assert_allclose(updates[name], -1e-2 if label == "head" else -1e-3, rtol=1e-3)
-    moments = [leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "ndim", 0) > 0]
-    assert sum(leaf.size for leaf in moments) == 2 * sum(array.size for array in adapter.values())
-
-
-def test_a_rate_for_a_head_that_is_not_there(llama: Path) -> None:
-    model, _, adapter, _, _ = adapted(llama)
-    labels = {name: label for name, label in jpeft.param_labels(model).items() if name in adapter}
-    with pytest.raises(jpeft.JpeftError, match=r"head_learning_rate: nothing that trains is a new head"):
-        optimizer(TrainingConfig(head_learning_rate=1.0), 10, labels)
-
-
-@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-def test_schedules_count_optimizer_steps(kind: Any) -> None:
-    rate = schedule(TrainingConfig(schedule=kind, warmup=0.2), 20, 1.0)
-    values = [float(rate(step)) for step in range(20)]
-    np.testing.assert_allclose(values[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
-    assert values[4] == pytest.approx(1.0)
-    if kind == "constant":
-        assert values[-1] == pytest.approx(1.0)
-    else:
-        assert 0 < values[-1] < 0.1
-        assert values[4:] == sorted(values[4:], reverse=True)
-    assert float(schedule(TrainingConfig(schedule=kind, warmup=0.0), 20, 1.0)(0)) == pytest.approx(1.0)
