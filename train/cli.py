@@ -45,6 +45,10 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Keys of the file to set otherwise.", metavar="[KEY=VALUE ...]")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, say what the run takes, train nothing and load no weights."),
+    ] = False,
 ) -> None:
     """Fine-tune a model as CONFIG.yaml describes, and score it before, during and after.
 
@@ -57,9 +61,9 @@ def train(
     from train.stopping import Stopped
 
     try:
-        from train.run import train as run
+        from train import run
 
-        run(config, overrides or [])
+        (run.plan if dry_run else run.train)(config, overrides or [])
     except Stopped as stop:
         raise typer.Exit(stop.exit_code) from None
     except KeyboardInterrupt:

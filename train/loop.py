@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 import jpeft
 from jpeft.errors import JpeftError
-from train import batches, trackers
+from train import trackers
 from train.ahead import Ahead
 from train.batches import Window
 from train.checkpoints import Checkpoints, State
@@ -30,7 +30,7 @@ from train.examples import Reader
 from train.folder import AFTER, BEFORE, RunFolder, write_whole
 from train.health import Health
 from train.metrics import LOWER_IS_BETTER
-from train.optimizers import matrices, optimizer, rates
+from train.plan import Plan
 from train.schema import Config
 from train.step import make_step
 from train.stopping import Stopped, Stopping
@@ -54,42 +54,23 @@ class Loop:
 
     def __init__(self, config: Config, model: Any, task: TaskData, reader: Reader, folder: RunFolder, display: Display):
         self.config, self.task, self.folder, self.display = config, task, folder, display
-        training, evaluation = config.training, config.evaluation
+        evaluation = config.evaluation
+        self.plan = Plan(config, model, task)
         self.graphdef, adapter, self.buffers, self.frozen = jpeft.partition(model)
-        self.lengths = [len(example) for example in task.train]
-        self.buckets = batches.edges([*self.lengths, *map(len, task.test)])
-        self.per_step = training.batch_size * training.accumulation
-        self.per_epoch = math.ceil(len(task.train) / self.per_step)
-        self.steps = training.epochs * self.per_epoch
-        if training.max_steps is not None:
-            self.steps = min(training.max_steps, self.steps)
-        self.every = evaluation.every or self.per_epoch
-        self.windows = self._windows()
-        labels = jpeft.param_labels(model)
-        groups = {key: labels[key] for key in adapter}
-        self.rates = rates(training, self.steps, groups)
-        plain = optimizer(training, self.steps, groups, matrices(model, groups))
-        self.transform = jpeft.optimizer(model, plain, total_steps=self.steps)
         # The step donates its arrays, and those of `model` are its owner's.
         adapter = jax.tree.map(jnp.copy, adapter)
         best = jax.tree.map(jnp.copy, adapter) if evaluation.best else {}
-        self.state = State(adapter, self.transform.init(adapter), best, {"seconds": {}, "resumed": []})
+        self.state = State(adapter, self.plan.transform.init(adapter), best, {"seconds": {}, "resumed": []})
         self.seconds = dict.fromkeys(("compile", "train", "evaluation", "between_steps", "input"), 0.0)
-        self.feed = batches.Batches(task.kind, task.train, training.seed)
         self.evaluator = Evaluator(
             (self.graphdef, self.buffers, self.frozen),
             task,
             reader,
             evaluation,
-            self.buckets,
-            evaluation.batch_size or 4 * training.batch_size,
+            self.plan.buckets,
+            evaluation.batch_size or 4 * config.training.batch_size,
         )
         self.done = 0
-
-    @property
-    def shapes(self) -> list[int]:
-        """The lengths that batches are padded to: one program each."""
-        return sorted({window.length for window in self.windows})
 
     @property
     def model(self) -> Any:
@@ -108,7 +89,7 @@ class Loop:
             Checkpoints(
                 self.folder.checkpoints,
                 keep=settings.keep,
-                every=settings.every or self.every,
+                every=settings.every or self.plan.every,
                 minutes=settings.minutes,
                 say=self.display.say,
             ) as saved,
@@ -118,7 +99,9 @@ class Loop:
                 self.done, self.state = found
                 self.seconds |= self.state.notes["seconds"]
                 self.state.notes["resumed"].append(self.done)
-                self.display.say(f"resumed   after step {self.done} of {self.steps}, from {self.folder.checkpoints}")
+                self.display.say(
+                    f"resumed   after step {self.done} of {self.plan.steps}, from {self.folder.checkpoints}"
+                )
             with trackers.open_trackers(self.config, self.folder.path, after=self.done) as log:
                 try:
                     before = self._before(log)
@@ -129,12 +112,6 @@ class Loop:
                     raise
         write_whole(self.folder.path / AFTER, json.dumps(dataclasses.asdict(after)) + "\n")
         return before, after
-
-    def _windows(self) -> list[Window]:
-        seed, made = self.config.training.seed, []
-        for epoch in range(math.ceil(self.steps / self.per_epoch)):
-            made += batches.plan(self.lengths, self.buckets, self.per_step, seed, epoch)
-        return made[: self.steps]
 
     def _before(self, log: Trackers) -> Score:
         path, best = self.folder.path / BEFORE, self.config.evaluation.best
@@ -153,10 +130,10 @@ class Loop:
         scored = {entry["step"] for entry in kept if "evaluation" in entry}
         if self.done and self.done not in scored:  # the run was stopped while it evaluated
             self._evaluate_if_due(log)
-        step = make_step(self.graphdef, self.task.kind, self.transform)
+        step = make_step(self.graphdef, self.task.kind, self.plan.transform)
         key = jax.random.fold_in(jax.random.key(self.config.training.seed), 1)
-        coming = Ahead(self._batch, self.windows[self.done :])
-        with self.display.progress(self.steps) as meter:
+        coming = Ahead(self._batch, self.plan.windows[self.done :])
+        with self.display.progress(self.plan.steps) as meter:
             clockwork.meter = meter
             try:
                 for window, batch in coming:
@@ -167,7 +144,7 @@ class Loop:
                         self.state = dataclasses.replace(self.state, adapter=adapter, optimizer=optimizer_state)
                         self.done += 1
                         clockwork.dispatched(Step(self.done, window, found))
-                        pause = self.done % self.every == 0 or saved.due(self.done) or self.done == self.steps
+                        pause = self.done % self.plan.every == 0 or saved.due(self.done) or self.done == self.plan.steps
                         self._checked(clockwork, saved, 0 if pause else 1)
                     if pause:
                         self._pause(log, saved, stopping)
@@ -179,13 +156,12 @@ class Loop:
     def _pause(self, log: Trackers, saved: Checkpoints, stopping: Stopping) -> None:
         """What happens between two steps now and then."""
         self._evaluate_if_due(log)
-        if saved.due(self.done) or self.done == self.steps:
+        if saved.due(self.done) or self.done == self.plan.steps:
             with stopping.held():
                 self._save(saved)
 
     def _batch(self, window: Window) -> dict[str, jax.Array]:
-        made = self.feed(window, self.per_step)
-        return jax.device_put(batches.split(made, self.config.training.accumulation))
+        return jax.device_put(self.plan.batch(window))
 
     def _checked(self, clockwork: Clockwork, saved: Checkpoints, flying: int) -> None:
         """Records the steps but for the latest `flying`; a fault among them ends the run."""
@@ -223,15 +199,15 @@ class Loop:
         self._save(saved)
         saved.wait()
         self.display.say(
-            f"stopped   by {stop} after step {self.done} of {self.steps}, which is saved; the same command goes on "
-            "from there"
+            f"stopped   by {stop} after step {self.done} of {self.plan.steps}, which is saved; the same command goes "
+            "on from there"
         )
 
     def _evaluate_if_due(self, log: Trackers) -> None:
         """An evaluation in the middle; with `evaluation.best`, one that may be the best so far."""
         best = self.config.evaluation.best
-        last = self.done == self.steps
-        if self.done % self.every and not (last and best):
+        last = self.done == self.plan.steps
+        if self.done % self.plan.every and not (last and best):
             return
         if last and best is None:
             return  # the score after training says it
@@ -248,11 +224,11 @@ class Loop:
         if step is not None:
             self.state = dataclasses.replace(self.state, adapter=self.state.best)
             self.display.say(f"best      step {step} has the best {self.config.evaluation.best}; its adapter is kept")
-        score = self._evaluate(self.steps, log, name, answers=True)
+        score = self._evaluate(self.plan.steps, log, name, answers=True)
         broken = [name for name, value in score.metrics.items() if not math.isfinite(value)]
         if broken:
             raise JpeftError(
-                f"after step {self.steps}, {', '.join(broken[:4])} is not finite any more, so the adapter was not "
+                f"after step {self.plan.steps}, {', '.join(broken[:4])} is not finite any more, so the adapter was not "
                 f"written. A smaller training.learning_rate (now {self.config.training.learning_rate:g}) usually helps"
             )
         return score
@@ -331,13 +307,13 @@ class Clockwork:
     def _record(self, step: Step, metrics: dict[str, float]) -> None:
         loop, now = self._loop, time.monotonic()
         self._busy, self._since = self._busy + now - self._since, now
-        self._tokens += int(sum(loop.lengths[row] for row in step.window.rows))
+        self._tokens += int(sum(loop.plan.lengths[row] for row in step.window.rows))
         rate = self._tokens / max(self._busy, 1e-9)
-        learning = {"learning_rate": {group: float(rates[step.number - 1]) for group, rates in loop.rates.items()}}
+        learning = {"learning_rate": {group: float(rates[step.number - 1]) for group, rates in loop.plan.rates.items()}}
         speed = {"tokens": self._tokens, "tokens_per_second": round(rate, 1), "seconds": round(self._busy, 3)}
         self._log.record({"step": step.number, **metrics, **learning, **speed})
         if self.meter is not None:
-            left = self._busy / step.number * (loop.steps - step.number)
+            left = self._busy / step.number * (loop.plan.steps - step.number)
             self.meter.update(step.number, metrics["loss"], rate, left)
 
 

@@ -16,7 +16,7 @@ import jpeft
 from jpeft.checkpoint import fingerprint
 from train import config as configs
 from train import data as task_data
-from train import session, summary, trackers
+from train import dry_run, session, summary, trackers
 from train.data import TaskData
 from train.display import Display, size
 from train.ending import Ending, methods_of
@@ -24,6 +24,7 @@ from train.evaluate import Score
 from train.examples import Example, Reader
 from train.folder import AFTER, BEFORE, RunFolder
 from train.loop import Loop
+from train.plan import Plan
 from train.tasks import task_of
 
 
@@ -43,7 +44,20 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     Raises JpeftError for everything a user can mend; mistakes in the configuration and the data are found before the
     model is loaded. Raises `train.stopping.Stopped` after SIGTERM or Ctrl-C.
     """
-    display = display or Display()
+    made = _run(path, overrides, display or Display(), dry=False)
+    assert made is not None
+    return made
+
+
+def plan(path: Path, overrides: Sequence[str] = (), display: Display | None = None) -> None:
+    """Says what the run would take, with every check that `train` makes; trains, writes and loads no weights.
+
+    Raises JpeftError as `train` does.
+    """
+    _run(path, overrides, display or Display(), dry=True)
+
+
+def _run(path: Path, overrides: Sequence[str], display: Display, *, dry: bool) -> Result | None:
     started = time.monotonic()
     config = session.located(configs.load(path, overrides))
     session.check_sources(config)
@@ -52,21 +66,22 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     folder.check_place()
     data, train_rows, test_rows = task_data.read(config.data, config.model.task)
     config = config.model_copy(update={"data": data})
-    folder.check_config(config)
-    if folder.finished and not config.output.overwrite:
-        return _finished(folder, display)
+    if not dry:
+        folder.check_config(config)
+        if folder.finished and not config.output.overwrite:
+            return _finished(folder, display)
     session.keep_compiled()
 
     counted = f"{len(train_rows):,} rows to train on, {len(test_rows):,} held out"
     display.say(f"data      {counted}, from {config.data.source}")
     tokenizer = session.tokenizer(config)
-    model = session.base_model(config)
+    model = session.abstract_model(config) if dry else session.base_model(config)
     model = configs.method_of(config)(model, rngs=jax.random.key(config.training.seed))
-    plan = jpeft.describe(model)
-    display.say(f"model     {config.model.source}, {plan.total - plan.trainable:,} frozen parameters")
+    described = jpeft.describe(model)
+    display.say(f"model     {config.model.source}, {described.total - described.trainable:,} frozen parameters")
     display.say(
-        f"method    {methods_of(config)}: {plan.trainable:,} trainable parameters "
-        f"({100 * plan.trainable / plan.total:.2f}%, {size(plan.trainable_bytes)})"
+        f"method    {methods_of(config)}: {described.trainable:,} trainable parameters "
+        f"({100 * described.trainable / described.total:.2f}%, {size(described.trainable_bytes)})"
     )
     limit = min(config.data.max_length, session.context(model) or config.data.max_length)
     types = session.takes_types(model)
@@ -76,16 +91,16 @@ def train(path: Path, overrides: Sequence[str] = (), display: Display | None = N
     for name, counts in task.counts.items():
         for what, count in counts.items():
             display.say(f"warning   {name}: {count} {what}")
+    if dry:
+        dry_run.show(Plan(config, model, task), model, task.kind, display)
+        return None
     loop = Loop(config, model, task, Reader(tokenizer, limit, types=types), folder, display)
     with folder.locked():
         for changed in folder.open(config, made_of(model, task)):
             display.say(f"warning   {changed} since the run began; what follows may differ in its last bits")
-        shapes = loop.shapes
-        display.say(
-            f"steps     {loop.steps} of {loop.per_step} rows, padded to {', '.join(map(str, shapes))} tokens: "
-            f"{len(shapes)} programs to compile for training, {loop.evaluator.shapes} for evaluation"
-        )
-        ending = Ending(config, task, plan, loop.steps, shapes, folder, display, session.mergeable(model))
+        display.say(loop.plan.sentence(loop.evaluator.shapes))
+        steps, shapes = loop.plan.steps, loop.plan.shapes
+        ending = Ending(config, task, described, steps, shapes, folder, display, session.mergeable(model))
         ending.begin()
         setup = time.monotonic() - started
         before, after = loop.run()

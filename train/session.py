@@ -68,6 +68,12 @@ def base_model(config: Config) -> Any:
     return jpeft.models.load(source, **settings, rngs=nnx.Rngs(config.training.seed))
 
 
+def abstract_model(config: Config) -> Any:
+    """The same model without arrays, from its config.json alone."""
+    source, settings = _load_arguments(config)
+    return jpeft.models.abstract(source, **settings)
+
+
 def load_call(config: Config) -> str:
     """The Python call that loads the base of a run, its defaults left out."""
     source, settings = _load_arguments(config)

@@ -1,5 +1,6 @@
 """Pretrained models as NNX modules with stacked layers: `load`, `from_config`, `save`."""
 
+from jpeft.models.abstract import abstract
 from jpeft.models.attention import Attention
 from jpeft.models.config import Config
 from jpeft.models.families import MODEL_TYPES
@@ -8,4 +9,15 @@ from jpeft.models.model import TASKS, Model
 from jpeft.models.saving import save
 from jpeft.models.tokenizer import load_tokenizer
 
-__all__ = ["MODEL_TYPES", "TASKS", "Attention", "Config", "Model", "from_config", "load", "load_tokenizer", "save"]
+__all__ = [
+    "MODEL_TYPES",
+    "TASKS",
+    "Attention",
+    "Config",
+    "Model",
+    "abstract",
+    "from_config",
+    "load",
+    "load_tokenizer",
+    "save",
+]

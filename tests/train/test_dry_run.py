@@ -1,0 +1,82 @@
+"""`--dry-run`: every check, the compiled step's figures, no weights, nothing written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from typer.testing import CliRunner
+
+import jpeft.models
+from jpeft import JpeftError
+from train.cli import app
+from train.flops import flops
+
+
+@pytest.fixture
+def config(llama: Path, jsonl: Callable[..., Path], config_file: Callable[..., Path], tmp_path: Path) -> Path:
+    """A run on a model of which only config.json and the tokenizer are here."""
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    rows = jsonl([{"text": "what is it ?", "answer": "red"}] * 40)
+    return config_file(
+        f"model: {{source: {bare}, task: causal-lm}}\n"
+        "method: {name: lora, rank: 4, targets: all-linear}\n"
+        f"data: {{source: {rows}, prompt: text, completion: answer, test_size: 8, max_length: 32}}\n"
+        "training: {epochs: 2, batch_size: 4}\n"
+        f"output: {{folder: {tmp_path / 'run'}}}\n"
+    )
+
+
+def test_a_plan_without_weights(config: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["train", str(config), "--dry-run"], catch_exceptions=False)
+    assert done.exit_code == 0
+    said = done.output
+    assert re.search(r"steps 16 of 4 rows, padded to \d+ tokens: 1 program to compile", " ".join(said.split()))
+    assert "layers/self_attn/q_proj/lora/a" in said
+    assert "nothing was trained or written" in said
+    assert not (tmp_path / "run").exists()
+
+    # A mistake in method or data is found as in a run; weights that are packed take less.
+    with pytest.raises(JpeftError, match=r"'q_prj' matches nothing"):
+        CliRunner().invoke(app, ["train", str(config), "method.targets=[q_prj]", "--dry-run"], catch_exceptions=False)
+    packed = CliRunner().invoke(app, ["train", str(config), "model.base=nf4", "--dry-run"], catch_exceptions=False)
+    assert frozen(packed.output) < frozen(said)
+
+
+def frozen(said: str) -> float:
+    """KiB of frozen weights, as the plan has it."""
+    words = said.split("frozen weights ")[1].split()
+    assert words[1].startswith("KiB")
+    return float(words[0])
+
+
+def test_abstract_is_what_load_gives(llama: Path, bert: Path) -> None:
+    head = {"task": "sequence-classification", "num_labels": 3}
+    for source, settings in (
+        (llama, {"quantize": "nf4"}),
+        (bert, head),
+    ):
+        shapes, real = (
+            {row.path: (row.shape, row.dtype, row.trainable) for row in jpeft.describe(make(source, **settings)).rows}
+            for make in (jpeft.models.abstract, jpeft.models.load)
+        )
+        assert shapes == real
+
+
+def test_flops_of_loops_and_calls() -> None:
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        return jax.nn.relu(x @ w), None
+
+    def stack(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, w)[0])
+
+    x, w = jnp.ones((5, 8)), jnp.ones((3, 8, 8))
+    assert flops(jax.make_jaxpr(stack)(x, w).jaxpr) == 3 * 2 * 5 * 8 * 8
+    # The backward pass recomputes the product and makes two more.
+    assert flops(jax.make_jaxpr(jax.grad(jax.jit(stack), (0, 1)))(x, w).jaxpr) in (3 * 4 * 640, 3 * 3 * 640)

@@ -1,0 +1,73 @@
+"""`jpeft train CONFIG --dry-run`: what a run would take, from its compiled step, without weights or training."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jpeft
+from train.display import Display, clock, size
+from train.flops import flops
+from train.plan import Plan
+from train.step import make_step
+from train.tasks import Task
+
+
+def show(plan: Plan, model: Any, kind: Task, display: Display) -> None:
+    """Compiles the step of every shape for this machine's first device and says what it takes.
+
+    model: adapted, abstract. Nothing is trained and nothing is written.
+    """
+    graphdef, adapter, buffers, frozen = jpeft.partition(model)
+    state = jax.eval_shape(plan.transform.init, adapter)
+    display.say(plan.sentence())
+    display.say(f"\n{jpeft.describe(model)}\n")
+    held = {"frozen weights": frozen, "adapter": adapter, "optimizer": state}
+    sizes = {name: _bytes(arrays) for name, arrays in held.items()}
+    display.say("memory    " + ", ".join(f"{name} {size(count)}" for name, count in sizes.items()))
+    step: Any = make_step(graphdef, kind, plan.transform)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    counts = Counter(window.length for window in plan.windows)
+    work = 0
+    for length in plan.shapes:
+        window = next(window for window in plan.windows if window.length == length)
+        batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in plan.batch(window).items()}
+        begun = time.monotonic()
+        traced = step.trace(adapter, state, buffers, frozen, batch, key, number)
+        compiled = traced.lower().compile()
+        took = time.monotonic() - begun
+        products = flops(traced.jaxpr.jaxpr)
+        work += products * counts[length]
+        temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
+        whole = sum(sizes.values()) + (temporary or 0)
+        peak = "" if temporary is None else f", {size(temporary)} of temporaries, {size(whole)} in all"
+        display.say(
+            f"step      {counts[length]} of {length} tokens a row: {_count(products)}FLOP{peak} "
+            f"(compiled in {clock(took)})"
+        )
+    display.say(f"run       {_count(work)}FLOP in {plan.steps} steps, without evaluations")
+    checkpoint = sizes["adapter"] + sizes["optimizer"]
+    display.say(f"files     the adapter takes {size(sizes['adapter'])}, a checkpoint {size(checkpoint)}")
+    display.say(
+        "nothing was trained or written (--dry-run). Temporaries are what the compiler allots on one device of kind "
+        f"{jax.devices()[0].device_kind}; FLOP are those of matrix products"
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _count(value: float) -> str:
+    """A number with a unit before it: `1.2 T`."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} E"

@@ -1,0 +1,66 @@
+"""What a run is going to do, step by step, before it does anything: its windows of rows, shapes, rates, optimizer.
+
+Made from shapes alone, so a model without arrays has a plan as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jpeft
+from train import batches
+from train.data import TaskData
+from train.optimizers import matrices, optimizer, rates
+from train.schema import Config
+
+
+class Plan:
+    """The steps of a run of `config` over `task`, for the adapted `model`.
+
+    lengths: tokens of each training row. per_step: rows of an optimizer step. per_epoch: steps of a pass over the rows.
+    steps: in all. every: steps between evaluations. windows: the rows of each step. rates: the learning rate of each
+    group by step. transform: the optimizer, with what the methods do to it. feed: makes a window's arrays.
+    """
+
+    def __init__(self, config: Config, model: Any, task: TaskData):
+        training = config.training
+        adapter = jpeft.partition(model).adapter
+        self.lengths = [len(example) for example in task.train]
+        self.buckets = batches.edges([*self.lengths, *map(len, task.test)])
+        self.accumulation = training.accumulation
+        self.per_step = training.batch_size * training.accumulation
+        self.per_epoch = math.ceil(len(task.train) / self.per_step)
+        self.steps = training.epochs * self.per_epoch
+        if training.max_steps is not None:
+            self.steps = min(training.max_steps, self.steps)
+        self.every = config.evaluation.every or self.per_epoch
+        windows: list[batches.Window] = []
+        for epoch in range(math.ceil(self.steps / self.per_epoch)):
+            windows += batches.plan(self.lengths, self.buckets, self.per_step, training.seed, epoch)
+        self.windows = windows[: self.steps]
+        labels = jpeft.param_labels(model)
+        groups = {key: labels[key] for key in adapter}
+        self.rates = rates(training, self.steps, groups)
+        plain = optimizer(training, self.steps, groups, matrices(model, groups))
+        self.transform = jpeft.optimizer(model, plain, total_steps=self.steps)
+        self.feed = batches.Batches(task.kind, task.train, training.seed)
+
+    @property
+    def shapes(self) -> list[int]:
+        """The lengths that batches are padded to: one program each."""
+        return sorted({window.length for window in self.windows})
+
+    def batch(self, window: batches.Window) -> dict[str, Any]:
+        """The arrays of a step, [A, B, ...]: A micro-batches of B rows."""
+        return batches.split(self.feed(window, self.per_step), self.accumulation)
+
+    def sentence(self, evaluation_shapes: int | None = None) -> str:
+        """The steps and shapes in a line."""
+        lengths = ", ".join(map(str, self.shapes))
+        programs = f"{len(self.shapes)} program{'s' * (len(self.shapes) > 1)}"
+        scored = "" if evaluation_shapes is None else f", {evaluation_shapes} for evaluation"
+        return (
+            f"steps     {self.steps} of {self.per_step} rows, padded to {lengths} tokens: {programs} "
+            f"to compile for training{scored}"
+        )
