@@ -82,7 +82,7 @@ class VeRAUpdate(LinearUpdate):
         super().__init__(base, **settings)
         lead = settings["lead"]
         self.down, self.up = AdapterBuffer(down, shared=True), AdapterBuffer(up, shared=True)
-        self.d = Trainable(jnp.full((*lead, down.shape[1]), initial), group="vera")
+        self.d = Trainable(jnp.full((*lead, down.shape[1]), initial, jnp.float32), group="vera")
         self.b = Trainable(jnp.zeros((*lead, up.shape[1])), group="vera")
 
     def update(self, x: Array) -> Array:
