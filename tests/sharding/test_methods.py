@@ -1,7 +1,7 @@
 """Every method on a mesh computes what it computes on one device: outputs, gradients and a step.
 
-In CI a method of each kind runs on the mesh that cuts along all axes, and LoRA on each kind of mesh and model;
-JPEFT_MESHES=all runs every method on every mesh, which takes minutes.
+In CI a method of each kind runs on the mesh that cuts along all axes, and LoRA on each kind of mesh;
+JPEFT_MESHES=all runs every method and model on every mesh, which takes minutes.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def _cases() -> list[tuple[str, str, str]]:
     everything.remove(("fsdp", "llama-nf4", "lora"))  # 16 inputs are no 8 shards of whole blocks
     if os.environ.get("JPEFT_MESHES") == "all":
         return everything
-    return [
-        case for case in everything if (case[2] in ("lora", *KINDS) and "all" in case) or case[1:] == ("llama", "lora")
-    ]
+    chosen = [("all", ON.get(name, "llama"), name) for name in KINDS]
+    chosen += [("all", model, "lora") for model in ("t5", "llama-nf4")] + [(mesh, "llama", "lora") for mesh in MESHES]
+    return [case for case in everything if case in chosen]
 
 
 @functools.cache
