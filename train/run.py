@@ -15,17 +15,17 @@ import jax
 import jpeft
 from jpeft.checkpoint import fingerprint
 from train import config as configs
-from train import data as task_data
 from train import dry_run, session, summary, trackers
 from train.data import TaskData
 from train.display import Display, size
 from train.ending import Ending, methods_of
 from train.evaluate import Score
-from train.examples import Example, Reader
+from train.examples import Example
 from train.folder import AFTER, BEFORE, RunFolder
 from train.loop import Loop
+from train.materials import Materials
 from train.plan import Plan
-from train.tasks import task_of
+from train.schema import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,42 +59,54 @@ def plan(path: Path, overrides: Sequence[str] = (), display: Display | None = No
 
 def _run(path: Path, overrides: Sequence[str], display: Display, *, dry: bool) -> Result | None:
     started = time.monotonic()
-    config = session.located(configs.load(path, overrides))
+    config = checked(configs.load(path, overrides))
+    return carry_out(config, Materials(config, abstract=dry), display, started, dry=dry)
+
+
+def checked(config: Config) -> Config:
+    """`config` with absolute paths, when nothing that it names is missing; reads no rows yet. Raises JpeftError."""
+    config = session.located(config)
     session.check_sources(config)
     trackers.check(config.output)
+    RunFolder(Path(config.output.folder)).check_place()
+    return config
+
+
+def carry_out(
+    config: Config, materials: Materials, display: Display, started: float | None = None, *, dry: bool = False
+) -> Result | None:
+    """A run from wherever its folder stands to its end, with rows and base from `materials`.
+
+    config: checked. materials: of a configuration with the same model and data. started: by the monotonic clock. dry:
+    say what the run would take instead, without arrays; the only case without a result.
+    """
+    started = time.monotonic() if started is None else started
+    config = config.model_copy(update={"data": materials.data})
     folder = RunFolder(Path(config.output.folder))
-    folder.check_place()
-    data, train_rows, test_rows = task_data.read(config.data, config.model.task)
-    config = config.model_copy(update={"data": data})
     if not dry:
         folder.check_config(config)
         if folder.finished and not config.output.overwrite:
             return _finished(folder, display)
     session.keep_compiled()
 
-    counted = f"{len(train_rows):,} rows to train on, {len(test_rows):,} held out"
+    counted = f"{len(materials.train_rows):,} rows to train on, {len(materials.test_rows):,} held out"
     display.say(f"data      {counted}, from {config.data.source}")
-    tokenizer = session.tokenizer(config)
-    model = session.abstract_model(config) if dry else session.base_model(config)
-    model = configs.method_of(config)(model, rngs=jax.random.key(config.training.seed))
+    materials.tokenizer()  # one that is missing is said before weights are read
+    model = adapted(config, materials)
     described = jpeft.describe(model)
     display.say(f"model     {config.model.source}, {described.total - described.trainable:,} frozen parameters")
     display.say(
         f"method    {methods_of(config)}: {described.trainable:,} trainable parameters "
         f"({100 * described.trainable / described.total:.2f}%, {size(described.trainable_bytes)})"
     )
-    limit = min(config.data.max_length, session.context(model) or config.data.max_length)
-    types = session.takes_types(model)
-    kind = task_of(data, config.model.task)
-    kind.check_model(model)
-    task = task_data.prepare(kind, train_rows, test_rows, tokenizer, limit, types=types)
+    task = materials.examples(model)
     for name, counts in task.counts.items():
         for what, count in counts.items():
             display.say(f"warning   {name}: {count} {what}")
     if dry:
         dry_run.show(Plan(config, model, task), model, task.kind, display)
         return None
-    loop = Loop(config, model, task, Reader(tokenizer, limit, types=types), folder, display)
+    loop = Loop(config, model, task, materials.reader(model), folder, display)
     with folder.locked():
         for changed in folder.open(config, made_of(model, task)):
             display.say(f"warning   {changed} since the run began; what follows may differ in its last bits")
@@ -107,6 +119,12 @@ def _run(path: Path, overrides: Sequence[str], display: Display, *, dry: bool) -
         jpeft.save_adapter(folder.adapter, loop.model, overwrite=True)
         ending.report(before, after, {"setup": setup, **loop.seconds}, started, loop.state.notes["resumed"])
     return _result(folder, before, after)
+
+
+def adapted(config: Config, materials: Materials) -> Any:
+    """The model as a run of `config` begins with it: base, and the method as its seed makes it."""
+    seed = config.training.seed
+    return configs.method_of(config)(materials.model(seed), rngs=jax.random.key(seed))
 
 
 def made_of(model: Any, task: TaskData) -> dict[str, str]:
