@@ -93,8 +93,8 @@ def dumps(config: Config) -> str:
 
 
 def difference(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` for every value that differs, but for those that change no result: where and when to write."""
-    unessential = {"output", "checkpoints"}
+    """`key: old -> new` for every value that differs, but for those that change no result."""
+    unessential = {"output", "checkpoints", "mesh"}
     before, after = (_flat(config.model_dump(mode="json", exclude=unessential)) for config in (old, new))
     keys = dict.fromkeys((*before, *after))
     return [

@@ -9,8 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import jpeft
+from jpeft.sharding.placing import placed_value
+from train import placing
 from train.display import Display, clock, size
 from train.flops import flops
 from train.plan import Plan
@@ -18,26 +21,30 @@ from train.step import make_step
 from train.tasks import Task
 
 
-def show(plan: Plan, model: Any, kind: Task, display: Display) -> None:
-    """Compiles the step of every shape for this machine's first device and says what it takes.
+def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None = None) -> None:
+    """Compiles the step of every shape for the devices here and says what it takes.
 
-    model: adapted, abstract. Nothing is trained and nothing is written.
+    model: adapted, abstract, placed on `mesh` if there is one. Nothing is trained and nothing is written.
     """
     graphdef, adapter, buffers, frozen = jpeft.partition(model)
     state = jax.eval_shape(plan.transform.init, adapter)
+    layouts = placing.layouts(plan.transform, adapter, mesh)
+    if layouts is not None:
+        state = jax.tree.map(placed_value, state, layouts[1])
     display.say(plan.sentence())
     display.say(f"\n{jpeft.describe(model)}\n")
     held = {"frozen weights": frozen, "adapter": adapter, "optimizer": state}
     sizes = {name: _bytes(arrays) for name, arrays in held.items()}
     display.say("memory    " + ", ".join(f"{name} {size(count)}" for name, count in sizes.items()))
-    step: Any = make_step(graphdef, kind, plan.transform)
+    step: Any = make_step(graphdef, kind, plan.transform, layouts)
     key = jax.eval_shape(lambda: jax.random.key(0))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     counts = Counter(window.length for window in plan.windows)
     work = 0
     for length in plan.shapes:
         window = next(window for window in plan.windows if window.length == length)
-        batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in plan.batch(window).items()}
+        rows = None if mesh is None else placing.rows_along(mesh, 1)
+        batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows) for name, a in plan.batch(window).items()}
         begun = time.monotonic()
         traced = step.trace(adapter, state, buffers, frozen, batch, key, number)
         compiled = traced.lower().compile()
@@ -55,13 +62,19 @@ def show(plan: Plan, model: Any, kind: Task, display: Display) -> None:
     checkpoint = sizes["adapter"] + sizes["optimizer"]
     display.say(f"files     the adapter takes {size(sizes['adapter'])}, a checkpoint {size(checkpoint)}")
     display.say(
-        "nothing was trained or written (--dry-run). Temporaries are what the compiler allots on one device of kind "
-        f"{jax.devices()[0].device_kind}; FLOP are those of matrix products"
+        "nothing was trained or written (--dry-run). Memory is that of each device, temporaries as the compiler allots "
+        f"them on {jax.devices()[0].device_kind}; FLOP are those of matrix products on all devices"
     )
 
 
 def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes on each device."""
+    return sum(math.prod(_local(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _local(leaf: Any) -> tuple[int, ...]:
+    sharding = getattr(leaf, "sharding", None)
+    return tuple(leaf.shape) if sharding is None else sharding.shard_shape(leaf.shape)
 
 
 def _count(value: float) -> str:

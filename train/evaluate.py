@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import jpeft
 from jpeft.errors import JpeftError
-from train import batches, session
+from train import batches, placing, session
 from train.data import TaskData
 from train.examples import Reader
 from train.generation import generate_texts
@@ -39,6 +40,7 @@ class Evaluator:
     """Scores an adapter on the held-out rows of a task.
 
     parts: `(graphdef, buffers, frozen)` of the partitioned model. buckets: lengths to pad to. batch_size: rows at once.
+    mesh: over which model and batches are spread.
     """
 
     def __init__(
@@ -49,10 +51,11 @@ class Evaluator:
         evaluation: EvaluationConfig,
         buckets: Sequence[int],
         batch_size: int,
+        mesh: Mesh | None = None,
     ):
         self._graphdef, self._buffers, self._frozen = parts
         self._task, self._reader, self._evaluation = task, reader, evaluation
-        self._buckets, self._batch_size = buckets, batch_size
+        self._buckets, self._batch_size, self._mesh = buckets, batch_size, mesh
         self._score = make_scorer(self._graphdef, task.kind)
         # Tokens to write before an answer counts as not ending: the longest right one, and its end.
         if isinstance(task.kind, Completion):
@@ -103,7 +106,9 @@ class Evaluator:
         feed = batches.Batches(self._task.kind, examples)
         for window in self._windows(examples):
             batch = feed(window, self._batch_size)
-            loss, found = jax.device_get(self._score(adapter, self._buffers, self._frozen, batch))
+            loss, found = jax.device_get(
+                self._score(adapter, self._buffers, self._frozen, placing.put(batch, self._mesh))
+            )
             for at, row in enumerate(window.rows):
                 losses[row], weights[row], outputs[row] = loss[at], batch["weights"][at], found[at]
         return losses, weights, outputs

@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import jpeft
 from jpeft.errors import JpeftError
-from train import trackers
+from train import placing, trackers
 from train.ahead import Ahead
 from train.batches import Window
 from train.checkpoints import Checkpoints, State
@@ -52,15 +53,26 @@ class Step:
 class Loop:
     """One run in memory. `run` takes it to its end from wherever its folder stands."""
 
-    def __init__(self, config: Config, model: Any, task: TaskData, reader: Reader, folder: RunFolder, display: Display):
-        self.config, self.task, self.folder, self.display = config, task, folder, display
+    def __init__(
+        self,
+        config: Config,
+        model: Any,
+        task: TaskData,
+        reader: Reader,
+        folder: RunFolder,
+        display: Display,
+        mesh: Mesh | None = None,
+    ):
+        self.config, self.task, self.folder, self.display, self.mesh = config, task, folder, display, mesh
         evaluation = config.evaluation
         self.plan = Plan(config, model, task)
         self.graphdef, adapter, self.buffers, self.frozen = jpeft.partition(model)
         # The step donates its arrays, and those of `model` are its owner's.
         adapter = jax.tree.map(jnp.copy, adapter)
         best = jax.tree.map(jnp.copy, adapter) if evaluation.best else {}
-        self.state = State(adapter, self.plan.transform.init(adapter), best, {"seconds": {}, "resumed": []})
+        self.layouts = placing.layouts(self.plan.transform, adapter, mesh)
+        init = jax.jit(self.plan.transform.init, out_shardings=None if self.layouts is None else self.layouts[1])
+        self.state = State(adapter, init(adapter), best, {"seconds": {}, "resumed": []})
         self.seconds = dict.fromkeys(("compile", "train", "evaluation", "between_steps", "input"), 0.0)
         self.evaluator = Evaluator(
             (self.graphdef, self.buffers, self.frozen),
@@ -69,6 +81,7 @@ class Loop:
             evaluation,
             self.plan.buckets,
             evaluation.batch_size or 4 * config.training.batch_size,
+            mesh,
         )
         self.done = 0
 
@@ -130,7 +143,7 @@ class Loop:
         scored = {entry["step"] for entry in kept if "evaluation" in entry}
         if self.done and self.done not in scored:  # the run was stopped while it evaluated
             self._evaluate_if_due(log)
-        step = make_step(self.graphdef, self.task.kind, self.plan.transform)
+        step = make_step(self.graphdef, self.task.kind, self.plan.transform, self.layouts)
         key = jax.random.fold_in(jax.random.key(self.config.training.seed), 1)
         coming = Ahead(self._batch, self.plan.windows[self.done :])
         with self.display.progress(self.plan.steps) as meter:
@@ -161,7 +174,7 @@ class Loop:
                 self._save(saved)
 
     def _batch(self, window: Window) -> dict[str, jax.Array]:
-        return jax.device_put(self.plan.batch(window))
+        return placing.put(self.plan.batch(window), self.mesh, axis=1)
 
     def _checked(self, clockwork: Clockwork, saved: Checkpoints, flying: int) -> None:
         """Records the steps but for the latest `flying`; a fault among them ends the run."""

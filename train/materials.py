@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from train import data as task_data
-from train import session
+from train import placing, session
 from train.data import TaskData
 from train.examples import Reader
 from train.schema import Config
@@ -19,13 +19,15 @@ class Materials:
     """The parts of runs of `config` that neither method nor rates change.
 
     data: `config.data` with its labels. train_rows, test_rows: to train on and held out. abstract: the model has
-    shapes instead of arrays.
+    shapes instead of arrays. mesh, rules: over which it is spread, and how.
     """
 
     def __init__(self, config: Config, *, abstract: bool = False):
         self.data, self.train_rows, self.test_rows = task_data.read(config.data, config.model.task)
         self.config = config.model_copy(update={"data": self.data})
         self.abstract = abstract
+        self.mesh = placing.mesh_of(config)
+        self.rules = None if self.mesh is None else placing.rules_of(config)
         self._tokenizer: Any = None
         self._model: tuple[int | None, Any] | None = None
         self._examples: dict[tuple[int, bool], TaskData] = {}
@@ -44,7 +46,10 @@ class Materials:
             self._model = None  # two at once may be more than fits
             training = self.config.training.model_copy(update={"seed": seed})
             config = self.config.model_copy(update={"training": training})
-            self._model = made_of, (session.abstract_model if self.abstract else session.base_model)(config)
+            if self.abstract:
+                self._model = made_of, session.abstract_model(config)
+            else:
+                self._model = made_of, session.base_model(config, self.mesh, self.rules)
         return self._model[1]
 
     def reader(self, model: Any) -> Reader:

@@ -103,10 +103,16 @@ def carry_out(
     for name, counts in task.counts.items():
         for what, count in counts.items():
             display.say(f"warning   {name}: {count} {what}")
+    mesh = materials.mesh
+    if mesh is not None:
+        sizes = ", ".join(f"{axis} {count}" for axis, count in mesh.shape.items())
+        display.say(f"mesh      {mesh.size} devices: {sizes}")
+    elif jax.device_count() > 1:
+        display.say(f"warning   {jax.device_count()} devices are here and 1 is used; mesh.data=-1 uses all of them")
     if dry:
-        dry_run.show(Plan(config, model, task), model, task.kind, display)
+        dry_run.show(Plan(config, model, task), model, task.kind, display, mesh)
         return None
-    loop = Loop(config, model, task, materials.reader(model), folder, display)
+    loop = Loop(config, model, task, materials.reader(model), folder, display, mesh)
     with folder.locked():
         for changed in folder.open(config, made_of(model, task)):
             display.say(f"warning   {changed} since the run began; what follows may differ in its last bits")
@@ -124,7 +130,8 @@ def carry_out(
 def adapted(config: Config, materials: Materials) -> Any:
     """The model as a run of `config` begins with it: base, and the method as its seed makes it."""
     seed = config.training.seed
-    return configs.method_of(config)(materials.model(seed), rngs=jax.random.key(seed))
+    model = configs.method_of(config)(materials.model(seed), rngs=jax.random.key(seed))
+    return model if materials.mesh is None else jpeft.shard(model, materials.mesh, materials.rules)
 
 
 def made_of(model: Any, task: TaskData) -> dict[str, str]:

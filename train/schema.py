@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=-1)]
 
 
 class Section(BaseModel):
@@ -153,6 +154,19 @@ class CheckpointConfig(Section):
     keep: Positive = Field(2, description="how many of them stay on disk")
 
 
+class MeshConfig(Section):
+    """The devices that a run is spread over; their number is the product. One axis may be -1: what the others leave."""
+
+    data: Size = Field(1, description="devices along which batches are dealt out; -1: all that the others leave")
+    fsdp: Size = Field(1, description="devices along which batches and the frozen weights are cut")
+    tensor: Size = Field(1, description="devices along which the products of each layer are cut")
+    rules: dict[str, list[str | None]] | None = Field(
+        None,
+        description="where weights lie, by target, before the model's own rules: {embed_tokens: []} keeps it whole, "
+        "{down_proj: [tensor, fsdp]} cuts its inputs and outputs",
+    )
+
+
 class OutputConfig(Section):
     """Where the run is written."""
 
@@ -178,6 +192,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
     checkpoints: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
+    mesh: MeshConfig = MeshConfig()  # type: ignore[call-arg]
     output: OutputConfig
 
 

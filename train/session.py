@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 import jpeft
 from jpeft.errors import JpeftError
+from jpeft.sharding import Rules
 from jpeft.virtual_tokens import places_taken
 from train import config as configs
 from train import packages, trackers
@@ -62,10 +64,10 @@ def located(config: Config) -> Config:
     )
 
 
-def base_model(config: Config) -> Any:
-    """The pretrained model, with a new head of the run's seed where the checkpoint has none."""
+def base_model(config: Config, mesh: Mesh | None = None, rules: Rules | None = None) -> Any:
+    """The pretrained model, with a new head of the run's seed where the checkpoint has none, spread over `mesh`."""
     source, settings = _load_arguments(config)
-    return jpeft.models.load(source, **settings, rngs=nnx.Rngs(config.training.seed))
+    return jpeft.models.load(source, **settings, rngs=nnx.Rngs(config.training.seed), mesh=mesh, rules=rules)
 
 
 def abstract_model(config: Config) -> Any:

@@ -28,12 +28,17 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in names if name in batch}
 
 
-def make_step(graphdef: Any, task: Task | type[Task], transform: optax.GradientTransformation) -> Callable[..., Any]:
+def make_step(
+    graphdef: Any,
+    task: Task | type[Task],
+    transform: optax.GradientTransformation,
+    layouts: tuple[Any, Any] | None = None,
+) -> Callable[..., Any]:
     """The jitted step: `(adapter, state, buffers, frozen, batch, key, number) -> (adapter, state, metrics)`.
 
     batch: arrays [A, B, ...], A micro-batches of B rows, as `task` makes and reads them. key: of the run; dropout uses
-    key, step and micro-batch. The adapter and the optimizer state are donated. metrics: loss (the mean over what is
-    learnt, without the methods' penalties), gradient norm.
+    key, step and micro-batch. The adapter and the optimizer state are donated; layouts: their shardings, where they are
+    spread over devices. metrics: loss (the mean over what is learnt, without the methods' penalties), gradient norm.
     """
 
     def step(
@@ -66,7 +71,8 @@ def make_step(graphdef: Any, task: Task | type[Task], transform: optax.GradientT
         adapter = optax.apply_updates(adapter, updates)
         return adapter, state, {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    out = None if layouts is None else (*layouts, None)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
 
 
 def make_scorer(graphdef: Any, task: Task | type[Task]) -> Callable[..., Any]:

@@ -123,14 +123,9 @@ def optimizer_shardings(
     whole = NamedSharding(next(iter(where.values())).mesh, PartitionSpec())
     abstract = {key: jax.ShapeDtypeStruct(value.shape, value.dtype) for key, value in adapter.items()}
 
-    def follow(moment: Any, array: Any, sharding: NamedSharding) -> NamedSharding:
-        return sharding if getattr(moment, "shape", None) == array.shape else whole
+    def follow(path: tuple[Any, ...], moment: Any) -> NamedSharding:
+        # By the key it stands under: of groups with rules of their own (`optax.partition`) each state lacks some keys.
+        key = next((entry.key for entry in path if getattr(entry, "key", None) in abstract), None)
+        return where[key] if key is not None and moment.shape == abstract[key].shape else whole
 
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        follow,
-        jax.eval_shape(optimizer.init, abstract),
-        abstract,
-        dict(where),
-        transform_non_params=lambda _: whole,
-    )
+    return jax.tree_util.tree_map_with_path(follow, jax.eval_shape(optimizer.init, abstract))

@@ -1,0 +1,73 @@
+"""Where the arrays of a run lie: on one device, or over a mesh as the configuration's `mesh:` says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jpeft
+from jpeft.errors import JpeftError
+from jpeft.sharding import AXES, BATCH, Rules, batch_sharding
+from train.schema import Config
+
+
+def mesh_of(config: Config) -> Mesh | None:
+    """The mesh of a run; None for one device.
+
+    Raises JpeftError for sizes that the devices here do not make up, and for batches that cannot be dealt out evenly.
+    """
+    sizes = config.mesh.model_dump(exclude={"rules"})
+    if all(size == 1 for size in sizes.values()):
+        return None
+    if jax.process_count() > 1:
+        raise JpeftError("mesh: several processes are for the library only so far (docs/sharding.md)")
+    mesh = jpeft.make_mesh(**sizes)
+    if mesh.size == 1:
+        return None
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    batches = {
+        "training.batch_size": config.training.batch_size,
+        "evaluation.batch_size": config.evaluation.batch_size or 4 * config.training.batch_size,
+    }
+    for key, rows in batches.items():
+        if rows % shards:
+            raise JpeftError(
+                f"{key}: {rows} rows cannot be dealt out to {shards} shards (mesh: data {mesh.shape['data']}, fsdp "
+                f"{mesh.shape['fsdp']}); make it a multiple of {shards}"
+            )
+    return mesh
+
+
+def rules_of(config: Config) -> Rules:
+    """The rules of the configuration, before the model's own. Raises JpeftError for an axis that there is none of."""
+    made = {}
+    for target, axes in (config.mesh.rules or {}).items():
+        for axis in axes:
+            if axis is not None and axis not in AXES:
+                raise JpeftError(f"mesh.rules.{target}: no axis {axis!r}; there are {', '.join(AXES)}, and null")
+        made[target] = PartitionSpec(*axes)
+    return made
+
+
+def put(batch: dict[str, Any], mesh: Mesh | None, axis: int = 0) -> dict[str, Any]:
+    """A batch on its device or devices; axis: of the rows."""
+    if mesh is None:
+        return jax.device_put(batch)
+    sharding = rows_along(mesh, axis)
+    return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+
+
+def rows_along(mesh: Mesh, axis: int) -> NamedSharding:
+    """Rows, which are axis number `axis` of an array, along the data axes."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, *batch_sharding(mesh).spec))
+
+
+def layouts(transform: Any, adapter: dict[str, Any], mesh: Mesh | None) -> tuple[Any, Any] | None:
+    """Where a step leaves the adapter and the optimizer's state: as the adapter lies; None for one device."""
+    if mesh is None:
+        return None
+    where = {key: value.sharding for key, value in adapter.items()}
+    return where, jpeft.optimizer_shardings(transform, adapter, where)
