@@ -6,7 +6,9 @@ JAX and everything that brings it are imported inside the commands, so that help
 from __future__ import annotations
 
 import io
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +19,28 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Parameter-efficient fine-tuning in JAX: train an adapter, try it, merge it into the model.\n\n"
     "Start with: jpeft train configs/quickstart.yaml",
 )
+
+
+def _version(asked: bool) -> None:
+    """Says the version and ends."""
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"jpeft {version('jpeft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _jpeft(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 class _Train(typer.core.TyperCommand):
@@ -33,6 +54,12 @@ class _Train(typer.core.TyperCommand):
         with formatter.indentation():  # type: ignore[attr-defined]
             rows = [(key, f"{meaning} ({kind}; {_default(default)})") for key, kind, default, meaning in describe()]
             formatter.write_dl(rows)  # type: ignore[attr-defined]
+        from train.methods import names
+
+        listed = ", ".join(names())
+        formatter.write("\nMethods (jpeft methods NAME lists the keys of one):\n")  # type: ignore[attr-defined]
+        with formatter.indentation():  # type: ignore[attr-defined]
+            formatter.write_text(listed)  # type: ignore[attr-defined]
 
 
 def _default(default: str) -> str:
@@ -76,6 +103,9 @@ def train(
 def generate(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or of its adapter.", metavar="RUN_OR_ADAPTER")],
     prompt: Annotated[list[str], typer.Option(help="What to answer; may be given several times.")],
+    text_pair: Annotated[
+        list[str] | None, typer.Option(help="The second text of a pair, one for each prompt (data.text_pair).")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.", min=0.0)] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens only.", min=1)] = None,
@@ -93,7 +123,8 @@ def generate(
     from train.use import generate as answers
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    for line in answers(run, prompt, max_new_tokens=max_new_tokens, raw=raw, adapted=not base, sampling=sampling):
+    settings = {"max_new_tokens": max_new_tokens, "raw": raw, "adapted": not base, "sampling": sampling}
+    for line in answers(run, prompt, pairs=text_pair or (), **settings):  # type: ignore[arg-type]
         typer.echo(line)
 
 
@@ -148,6 +179,33 @@ def export(
 
     for line in write(run, folder):
         typer.echo(line)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One of them, for its keys.", metavar="[NAME]")] = None,
+) -> None:
+    """List the methods, or the keys of one with their types, defaults and meaning.
+
+    Example: jpeft methods lora
+    """
+    from train.methods import describe, overview
+
+    if name is None:
+        _listed(list(overview()))
+        return
+    first, rows = describe(name)
+    typer.echo(f"{first}\n")
+    _listed([(key, f"{said} ({kind}; {_default(default)})".strip()) for key, kind, default, said in rows])
+
+
+def _listed(rows: list[tuple[str, str]]) -> None:
+    """Two columns, the second of them folded."""
+    margin = max(len(first) for first, _ in rows) + 4
+    width = max(margin + 20, min(120, shutil.get_terminal_size().columns))
+    for first, second in rows:
+        lead = f"  {first}".ljust(margin)
+        typer.echo(textwrap.fill(second, width, initial_indent=lead, subsequent_indent=" " * margin))
 
 
 @app.command()

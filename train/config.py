@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -19,36 +20,9 @@ from jpeft.errors import JpeftError, nearest
 from train import schema
 from train import strict_yaml as sy
 from train.convert import convert_keys, missing
+from train.other_names import OTHERS
 from train.schema import Config
-from train.strict_yaml import Fault, Faults, Node
-
-# Names from other tools, for which likeness finds nothing.
-_KNOWN_AS = {
-    "lora_r": "rank",
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "targets",
-    "exclude_modules": "exclude",
-    "layers_to_transform": "layers",
-    "lr": "learning_rate",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "micro_batch_size": "batch_size",
-    "per_device_eval_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulation",
-    "warmup_ratio": "warmup",
-    "lr_scheduler_type": "schedule",
-    "max_grad_norm": "clip",
-    "max_seq_length": "max_length",
-    "model_name_or_path": "source",
-    "base_model": "source",
-    "output_dir": "folder",
-    "eval_steps": "every",
-    "torch_dtype": "dtype",
-    "gradient_checkpointing": "remat",
-}
+from train.strict_yaml import Fault, Faults, Node, NotThis
 
 # Keys that a method's dataclass leaves open because Python code may give more than a file can.
 _OPEN = {"targets": str | list[str], "exclude": str | list[str] | None, "layers": tuple[int, ...] | None}
@@ -72,8 +46,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     if root is None and not faults:
         faults.append(Fault("line 1", "", f"the file is empty; needed are {', '.join(_required())}"))
     if root is not None:
-        for override in overrides:
-            root = _overridden(root, override, faults)
+        root = _overridden(root, overrides, faults)
         config = _build(root, faults)
         if config is not None and not faults:
             return config
@@ -146,24 +119,65 @@ def _required() -> list[str]:
     return [name for name, field in Config.model_fields.items() if field.is_required()]
 
 
-def _overridden(root: Node, override: str, faults: Faults) -> Node:
-    """`root` with one `key.path=value` put in; the value follows the rules of the file."""
-    where = f"command line, {override}"
-    key, equals, text = override.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names):
-        faults.append(Fault(where, "", "an override is written section.key=value, such as training.learning_rate=1e-3"))
-        return root
-    value = sy.read(text, faults, where) or Node("", where)
-    return _put(root, names, value, where)
+def _overridden(root: Node, overrides: Sequence[str], faults: Faults) -> Node:
+    """`root` with each `key.path=value` put in; one that would undo one before it is a fault."""
+    given: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        where = f"command line, {override}"
+        key, equals, text = override.partition("=")
+        # `method[0].rank`, as faults name it, is `method.0.rank`.
+        names = tuple(_INDEX.sub(r".\1", key.strip()).split("."))
+        if not equals or not all(names):
+            said = "an override is written section.key=value, such as training.learning_rate=1e-3"
+            faults.append(Fault(where, "", said))
+            continue
+        undone = [other for names_of, other in given.items() if names_of[: len(names)] == names]
+        if undone:
+            faults.append(Fault(where, "", f"takes the place of {undone[0]}, given before it; leave one of them out"))
+            continue
+        given[names] = override
+        value = _value(text, where, faults)
+        try:
+            root = _put(root, names, (), value)
+        except NotThis as error:
+            faults.append(Fault(where, "", str(error)))
+    return root
 
 
-def _put(node: Node, names: Sequence[str], value: Node, where: str) -> Node:
+_INDEX = re.compile(r"\[(\d+)\]")
+
+
+def _value(text: str, where: str, faults: Faults) -> Node:
+    """What stands behind the equals sign: lists, mappings and quoted text as in a file, anything else word for word.
+
+    So `#`, `: ` and `*` need no quotes there, as they do in a file.
+    """
+    text = text.strip()
+    if not text.startswith(("[", "{", '"', "'")):
+        return Node(text, where)
+    return sy.read(text, faults, where) or Node("", where)
+
+
+def _put(node: Node, names: Sequence[str], above: Sequence[str], value: Node) -> Node:
+    """`node`, which stands at the key `above`, with `value` at `names` in it. Raises NotThis where that is no place."""
     if not names:
         return value
+    name, *rest = names
+    here, full = ".".join(above), (*above, name)
+    if isinstance(node.value, list) and node.value:
+        entries, last = list(node.value), len(node.value) - 1
+        if not name.isdigit() or int(name) > last:
+            keys = names[name.isdigit() :] if isinstance(entries[0].value, dict) else ()
+            raise NotThis(
+                f"{here} is a list: write {'.'.join((here, '0', *keys))} with the number of the entry "
+                f"({'0' if last == 0 else f'0 to {last}'}), or give the whole list, {here}=[...]"
+            )
+        entries[int(name)] = _put(entries[int(name)], rest, full, value)
+        return Node(entries, node.where)
+    if not isinstance(node.value, dict) and not sy.null(node):
+        raise NotThis(f"{here} is {sy.show(node)}, which has no keys; give it as a whole, {here}=...")
     children = dict(node.value) if isinstance(node.value, dict) else {}
-    below = children.get(names[0], Node({}, where))
-    children[names[0]] = _put(below, names[1:], value, where)
+    children[name] = _put(children.get(name, Node({}, value.where)), rest, full, value)
     return Node(children, node.where)
 
 
@@ -173,7 +187,7 @@ def _build(root: Node, faults: Faults) -> Config | None:
         return None
     children = root.value
     faults += [
-        Fault(child.where, name, _unknown(name, "", list(Config.model_fields)))
+        Fault(child.where, name, _unknown(name, child, "", list(Config.model_fields)))
         for name, child in children.items()
         if name not in Config.model_fields
     ]
@@ -204,7 +218,9 @@ def _build(root: Node, faults: Faults) -> Config | None:
 
 def _section(section: type[schema.Section], node: Node, key: str, faults: Faults) -> dict[str, Any]:
     annotations = {name: field.annotation for name, field in section.model_fields.items()}
-    made = convert_keys(node, annotations, key, faults, lambda name: _unknown(name, key, list(annotations)))
+    made = convert_keys(
+        node, annotations, key, faults, lambda name, child: _unknown(name, child, key, list(annotations))
+    )
     missing([name for name, field in section.model_fields.items() if field.is_required()], node, key, faults)
     return made
 
@@ -230,6 +246,16 @@ def _method(node: Node, faults: Faults) -> Any:
     return _one_method(node, "method", faults)
 
 
+def method_keys(kind: type) -> dict[str, Any]:
+    """The keys that a method has in a file beside its own name, with their types."""
+    hints, made = get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        hint = _OPEN[field.name] if hint is Any and field.name in _OPEN else hint
+        made["adapter_name" if field.name == "name" else field.name] = hint
+    return made
+
+
 def _one_method(node: Node, key: str, faults: Faults) -> dict[str, Any]:
     from jpeft.methods import METHODS
 
@@ -243,15 +269,11 @@ def _one_method(node: Node, key: str, faults: Faults) -> dict[str, Any]:
         faults.append(Fault(name.where, f"{key}.name", f"no method {sy.show(name)}; there are {listed}{near}"))
         return {}
     kind = METHODS[str(name.value)]
-    hints = get_type_hints(kind)
-    annotations: dict[str, Any] = {"name": str}
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        if hint is Any and field.name in _OPEN:
-            hint = _OPEN[field.name]
-        annotations["adapter_name" if field.name == "name" else field.name] = hint
+    annotations = {"name": str, **method_keys(kind)}
     before = len(faults)
-    made = convert_keys(node, annotations, key, faults, lambda unknown: _unknown(unknown, key, list(annotations)))
+    made = convert_keys(
+        node, annotations, key, faults, lambda name, child: _unknown(name, child, key, list(annotations))
+    )
     if len(faults) == before:
         try:
             kind(**{("name" if k == "adapter_name" else k): value for k, value in made.items() if k != "name"})
@@ -261,20 +283,37 @@ def _one_method(node: Node, key: str, faults: Faults) -> dict[str, Any]:
     return made
 
 
-def _unknown(name: str, key: str, options: list[str]) -> str:
-    """What to say of an unknown key: the name meant, here or in another section."""
+def _unknown(name: str, node: Node, key: str, options: list[str]) -> str:
+    """What to say of an unknown key: the name meant, here or in another section, and its value if that changes too."""
+    from jpeft.methods import METHODS
+
     plain = name.replace("-", "_").lower()
-    meant = plain if plain in options else _KNOWN_AS.get(plain)
     within = f"{key}." if key else ""
-    if meant in options:
-        return f"unknown key; did you mean {within}{meant}?"
-    for section, model in schema.sections().items():
-        if section != key and (plain in model.model_fields or meant in model.model_fields):
-            return f"unknown key here; did you mean {section}.{plain if plain in model.model_fields else meant}?"
-    of_methods = ("name", "rank", "alpha", "dropout", "targets", "exclude", "layers")
-    if not key.startswith("method") and (meant or plain) in of_methods:
-        return f"unknown key here; did you mean method.{meant or plain}?"
+    if plain in options:
+        return f"unknown key; did you mean {within}{plain}?"
+    others = [f"{section}.{plain}" for section, model in schema.sections().items() if plain in model.model_fields]
+    ours = OTHERS.get(plain)
+    if ours is not None and not others:
+        section, _, field = ours.key.partition(".")
+        hint = f" ({ours.hint})" if ours.hint else ""
+        if not section:
+            return f"unknown key; {ours.hint}"
+        if section != "method" or not key.startswith("method"):
+            here = "" if section == key else " here" if key else ""
+            return f"unknown key{here}; did you mean {ours.entry(_scalar(node))}?{hint}"
+        if field in options:
+            meant = ours.entry(_scalar(node)).replace("method", key, 1)
+            return f"unknown key; did you mean {meant}?{hint}"
+    others += [f"method.{plain}"] * any(plain in method_keys(kind) for kind in METHODS.values())
+    if others and not key.startswith("method"):
+        return f"unknown key{' here' * bool(key)}; did you mean {' or '.join(others)}?"
+    if others and others != [f"method.{plain}"]:
+        return f"unknown key here; did you mean {' or '.join(other for other in others if other[:7] != 'method.')}?"
     return f"unknown key; did you mean {within}{nearest(plain, options, 1)[0]}? (known: {', '.join(options)})"
+
+
+def _scalar(node: Node) -> str | None:
+    return node.value if isinstance(node.value, str) else None
 
 
 def _group_faults(config: Config, children: Mapping[str, Node]) -> Faults:

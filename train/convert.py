@@ -37,8 +37,8 @@ def convert(node: Node, annotation: Any) -> Any:
             return _one(node, member)
         except NotThis as error:
             errors.append(str(error))
-    if len(members) == 1:
-        raise NotThis(errors[0])
+    if len([member for member in members if member is not type(None)]) == 1:
+        raise NotThis(errors[-1])
     kinds = " or ".join(dict.fromkeys(type_name(member) for member in members if member is not type(None)))
     # A list that is at fault inside says more than "is not a list".
     inner = [error for error in errors if error.startswith("item ")]
@@ -95,7 +95,9 @@ def _one(node: Node, annotation: Any) -> Any:
 
 def _text(node: Node) -> str:
     if not isinstance(node.value, str) or sy.null(node):
-        raise NotThis(f"{sy.show(node)} is not text")
+        # `{question}` and `[INST]` are what YAML writes mappings and lists with.
+        hint = "" if isinstance(node.value, str) else "; text that begins with a bracket goes between quotes"
+        raise NotThis(f"{sy.show(node)} is not text{hint}")
     return node.value
 
 
@@ -125,9 +127,9 @@ def _sequence(node: Node, args: tuple[Any, ...]) -> list[Any]:
 
 
 def convert_keys(
-    node: Node, annotations: dict[str, Any], key: str, faults: Faults, unknown: Callable[[str], str]
+    node: Node, annotations: dict[str, Any], key: str, faults: Faults, unknown: Callable[[str, Node], str]
 ) -> dict[str, Any]:
-    """The values of a mapping's known keys; faults for the others, worded by `unknown(name)`, and for wrong values."""
+    """The values of a mapping's known keys; faults for other keys (`unknown(name, value)`) and wrong values."""
     if not isinstance(node.value, dict):
         if not sy.null(node):
             faults.append(Fault(node.where, key, f"{sy.show(node)} is not a mapping of {', '.join(annotations)}"))
@@ -136,7 +138,7 @@ def convert_keys(
     for name, child in node.value.items():
         path = f"{key}.{name}" if key else name
         if name not in annotations:
-            faults.append(Fault(child.where, path, unknown(name)))
+            faults.append(Fault(child.where, path, unknown(name, child)))
             continue
         try:
             made[name] = convert(child, annotations[name])

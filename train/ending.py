@@ -129,10 +129,13 @@ class Ending:
 
     def _try_it(self, command: str, where: str) -> str:
         """The line that asks the run something, if one prompt is all it needs."""
-        example, whole = self.task.kind.example_prompt(self.task.test_rows.dataset[0]) or ("", False)
-        if not example.strip():
+        row = self.task.test_rows.dataset[0]
+        example, whole = self.task.kind.example_prompt(row) or ("", False)
+        pair = self.task.kind.example_pair(row)
+        if not example.strip() or pair == "":
             return ""
-        return f"  try it     {command} generate {where}{' --raw' * whole} --prompt {shlex.quote(example)}\n"
+        second = "" if pair is None else f" --text-pair {shlex.quote(pair)}"
+        return f"  try it     {command} generate {where}{' --raw' * whole} --prompt {shlex.quote(example)}{second}\n"
 
 
 def _command() -> str:

@@ -12,7 +12,7 @@ import jpeft
 from train import batches
 from train.data import TaskData
 from train.optimizers import matrices, optimizer, rates
-from train.schema import Config
+from train.schema import Config, TrainingConfig
 
 
 class Plan:
@@ -31,9 +31,7 @@ class Plan:
         self.accumulation = training.accumulation
         self.per_step = training.batch_size * training.accumulation
         self.per_epoch = math.ceil(len(task.train) / self.per_step)
-        self.steps = training.epochs * self.per_epoch
-        if training.max_steps is not None:
-            self.steps = min(training.max_steps, self.steps)
+        self.steps, self._short = steps_of(training, self.per_epoch)
         self.every = config.evaluation.every or self.per_epoch
         windows: list[batches.Window] = []
         for epoch in range(math.ceil(self.steps / self.per_epoch)):
@@ -56,11 +54,25 @@ class Plan:
         return batches.split(self.feed(window, self.per_step), self.accumulation)
 
     def sentence(self, evaluation_shapes: int | None = None) -> str:
-        """The steps and shapes in a line."""
+        """The steps and shapes in a line, and a second one if they are fewer than `max_steps`."""
         lengths = ", ".join(map(str, self.shapes))
         programs = f"{len(self.shapes)} program{'s' * (len(self.shapes) > 1)}"
         scored = "" if evaluation_shapes is None else f", {evaluation_shapes} for evaluation"
         return (
             f"steps     {self.steps} of {self.per_step} rows, padded to {lengths} tokens: {programs} "
-            f"to compile for training{scored}"
+            f"to compile for training{scored}{self._short}"
         )
+
+
+def steps_of(training: TrainingConfig, per_epoch: int) -> tuple[int, str]:
+    """The steps of a run, and a warning if `epochs` ends it before `max_steps`."""
+    most, epochs = training.max_steps, training.epochs
+    if most is not None and epochs is None:
+        return most, ""
+    steps = (epochs or 1) * per_epoch
+    if most is None or most <= steps:
+        return most or steps, ""
+    return steps, (
+        f"\nwarning   training.max_steps is {most}, but training.epochs={epochs} ends the run after {steps} steps; "
+        "leave epochs out to train for max_steps"
+    )

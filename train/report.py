@@ -299,6 +299,11 @@ def _facts(
     batch = _numbers(_dict(config, "training"))
     each = f" of {batch['batch_size'] * batch.get('accumulation', 1):,.0f} rows" if "batch_size" in batch else ""
     facts.append(("Steps", f"{last:,}{each}"))
+    resumed = summary.get("resumed")
+    if isinstance(resumed, list) and resumed and all(isinstance(step, int) for step in resumed):
+        listed = ", ".join(f"{step:,}" for step in resumed[-10:])
+        earlier = f", {len(resumed) - 10:,} times before" if len(resumed) > 10 else ""
+        facts.append(("Resumed", f"after step{'s' * (len(resumed) > 1)} {listed}{earlier}"))
     tokens = _float(steps[max(steps)].get("tokens")) if steps else None
     if tokens is not None:
         facts.append(("Tokens", f"{tokens:,.0f} trained on"))

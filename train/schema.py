@@ -6,7 +6,7 @@ fields of the method's own dataclass (`jpeft.methods.METHODS`) and appear here o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -91,8 +91,12 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """How long, how fast, in what steps."""
 
-    epochs: Positive = Field(1, description="passes over the training rows")
-    max_steps: Positive | None = Field(None, description="stop after this many optimizer steps")
+    epochs: Positive | None = Field(
+        None, description="passes over the training rows; default: 1, or as many as max_steps takes"
+    )
+    max_steps: Positive | None = Field(
+        None, description="end after this many optimizer steps, at the latest after epochs if both are given"
+    )
     batch_size: Positive = Field(8, description="rows per forward pass")
     accumulation: Positive = Field(1, description="forward passes per optimizer step (tokens are weighted alike)")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate of the adapter")
@@ -236,8 +240,10 @@ def type_name(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (list, tuple):
         return f"list of {type_name(args[0])}" if args else "list"
-    if origin is dict:
+    if origin in (dict, Mapping):
         return "mapping"
+    if annotation is Any:
+        return "anything"
     # Every whole number is a number.
     names = [type_name(arg) for arg in args if arg is not type(None) and not (arg is int and float in args)]
     return " or ".join(dict.fromkeys(names)) if names else getattr(annotation, "__name__", str(annotation))

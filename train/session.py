@@ -49,19 +49,21 @@ def check_sources(config: Config) -> None:
 
 def located(config: Config) -> Config:
     """`config` with its local paths made absolute, so that the run can be used from anywhere."""
-    model = {}
-    for key in ("source", "tokenizer"):
-        value = getattr(config.model, key)
-        if value is not None and not value.startswith(packages.PREFIX):
-            path = Path(value).expanduser()
-            model[key] = str(path.absolute()) if path.exists() else value
-    output = {"folder": str(Path(config.output.folder).expanduser())}
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update=model),
-            "output": config.output.model_copy(update=output),
-        }
-    )
+    model = _absolute(config.model, "source", "tokenizer")
+    data = _absolute(config.data, "source", "test_source")
+    output = config.output.model_copy(update={"folder": str(Path(config.output.folder).expanduser())})
+    return config.model_copy(update={"model": model, "data": data, "output": output})
+
+
+def _absolute(section: Any, *keys: str) -> Any:
+    """`section` with the paths under `keys` absolute where something is there; other sources stay as they are."""
+    given = {key: getattr(section, key) for key in keys}
+    paths = {
+        key: Path(value).expanduser()
+        for key, value in given.items()
+        if value is not None and not value.startswith(packages.PREFIX)
+    }
+    return section.model_copy(update={key: str(path.absolute()) for key, path in paths.items() if path.exists()})
 
 
 def base_model(config: Config, mesh: Mesh | None = None, rules: Rules | None = None) -> Any:

@@ -80,9 +80,14 @@ def load(data: DataConfig) -> tuple[Rows, Rows]:
     return train, test
 
 
+def expanded(source: str) -> str:
+    """`source` with `~` as the home folder, which no shell puts in for `data.source=~/rows.jsonl`."""
+    return str(Path(source).expanduser()) if source.startswith("~") else source
+
+
 def _on_hub(source: str) -> bool:
     """Whether `source` names a data set of the hub, not a file or a package."""
-    path = Path(source)
+    path = Path(expanded(source))
     return not (source.startswith(packages.PREFIX) or path.suffix in _FORMATS or path.exists())
 
 
@@ -129,7 +134,7 @@ def _same(one: str, other: str) -> bool:
     def real(source: str) -> str:
         if source.removeprefix(packages.PREFIX) in packages.DATASETS:
             return source
-        source = packages.resolve(source)
+        source = packages.resolve(expanded(source))
         return source if _on_hub(source) else str(Path(source).resolve())
 
     return one == other or real(one) == real(other)
@@ -143,6 +148,7 @@ def read(source: str, subset: str | None = None, split: str = "train") -> Rows:
     import datasets
 
     datasets.disable_progress_bars()
+    source = expanded(source)
     if source.startswith(packages.PREFIX):
         known = packages.rows(source)
         if known is not None:

@@ -16,6 +16,7 @@ def generate(
     folder: Path,
     prompts: Sequence[str],
     *,
+    pairs: Sequence[str] = (),
     max_new_tokens: int = 64,
     raw: bool = False,
     adapted: bool = True,
@@ -23,17 +24,28 @@ def generate(
 ) -> Iterator[str]:
     """One answer for each prompt: what follows it, or the class of the text with its probability.
 
-    raw: the prompt is not put into the run's template. adapted: with the adapter. Raises JpeftError for an empty prompt
-    and for a template that needs more than one column.
+    pairs: the second text for each prompt, of runs that classify pairs. raw: the prompt is not put into the run's
+    template. adapted: with the adapter. Raises JpeftError for an empty prompt, for a template that needs more than one
+    column, and for second texts that are missing or not asked for.
     """
-    for prompt in prompts:
-        if not prompt.strip():
-            raise JpeftError("--prompt: the prompt is empty")
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes that the shell passed on and are no text
-            raise JpeftError(f"--prompt: {prompt!r} is not UTF-8 text")
+    for option, text in [*(("--prompt", text) for text in prompts), *(("--text-pair", text) for text in pairs)]:
+        if not text.strip():
+            raise JpeftError(f"{option}: the {'prompt' if option == '--prompt' else 'text'} is empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that the shell passed on and are no text
+            raise JpeftError(f"{option}: {text!r} is not UTF-8 text")
     keep_compiled()
     run = open_run(folder, adapted=adapted)
-    yield from run.task.answers(run, prompts, max_new_tokens=max_new_tokens, raw=raw, **(sampling or {}))
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "raw": raw, **(sampling or {})}
+    if run.config.data.text_pair is not None:
+        if len(pairs) != len(prompts):
+            raise JpeftError(
+                f"--text-pair: the run classifies pairs of texts; give one for each --prompt (there are {len(prompts)} "
+                f"and {len(pairs)})"
+            )
+        settings["pairs"] = pairs
+    elif pairs:
+        raise JpeftError(f"--text-pair: the run's task is {run.task.name} without data.text_pair; leave it out")
+    yield from run.task.answers(run, prompts, **settings)
 
 
 def merge(folder: Path, target: Path) -> Iterator[str]:

@@ -143,8 +143,8 @@ class Houlsby(_Bottlenecks):
         "bert" (normal, standard deviation 0.02).
     targets: the modules to stand behind, which say their `out_features`; None: what the model declares. exclude,
         layers: see `jpeft.targets`.
-    train_norms: whether the norms train too, those that the model declares, or `norms` (entries as in `targets`). With
-        `layers`, those of these layers.
+    train_norms: whether norms train too; with `layers`, those of these layers. norms: which ones, entries as in
+        `targets`; None: those that the model declares.
     dtype: of the variables, which are cast to that of the activations.
     name: keyed `<module path>/<name>/down`, `/up`, `/down_bias`, `/up_bias`; norms `<module path>/<name>/scale`, ...
     """

@@ -46,6 +46,7 @@ class LoRA(Targeted):
     layers: the numbers of the layers to adapt (`range(8, 16)`); None means all.
     rank_pattern, alpha_pattern: {name or regular expression: value}, the first fitting entry decides; rank 0 leaves a
         module as it is. Works per layer: `{"layers.0": 4}`.
+    use_rslora: whether the scale is alpha / sqrt(rank) instead of alpha / rank.
     init: how A and B start, one of `jpeft.methods.starts.INITS`: "kaiming" (as in the paper's code), "gaussian",
         "orthogonal" (even ranks), "pissa" and "olora" (from the weight; the model still starts as the base), "loftq"
         and "eva" (through the functions `jpeft.loftq` and `jpeft.eva`, which are given what these need).
@@ -168,7 +169,10 @@ def _slot_scales(rank: int, live: int, alpha: float, rslora: bool) -> np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class LoRAPlus(LoRA):
-    """LoRA+ (arXiv:2402.12354): the updates of B are `ratio` times as large, through `jpeft.optimizer`."""
+    """LoRA+ (arXiv:2402.12354): the updates of B are larger, through `jpeft.optimizer`. The other fields are LoRA's.
+
+    ratio: how many times as large as those of A.
+    """
 
     kind: ClassVar[str] = "lora_plus"
 

@@ -38,7 +38,7 @@ class PrefixTuning(Targeted):
     """Trained keys and values before those of the tokens, in every attention (arXiv:2101.00190).
 
     num_virtual_tokens: how many, P. Real tokens have the positions from P on, and P + T must fit into the model.
-    reparameterize: train them through an MLP with a hidden layer of `hidden_size`, as the paper does.
+    reparameterize: train them through an MLP, as the paper does. hidden_size: of its hidden layer.
     init: of keys and values that are trained directly: "small" (normal, standard deviation 0.02), "normal" (1, as
         Hugging Face PEFT), "zeros" (all virtual tokens then stay alike), or "text": what the model makes of `text_ids`.
     text_ids: the tokens of a text, repeated or cut to P. Without padding, the adapted model then computes at first what

@@ -83,6 +83,7 @@ class PromptTuning(_PromptMethod):
     num_virtual_tokens: how many, n; the text and they must fit into the model together.
     init: "vocabulary" (the embeddings of tokens drawn at random), "random" (uniform within 0.5, as in the paper), or
         "text": those of `text_ids`, repeated or cut to n.
+    text_ids: the tokens of a text to start from.
     position: "front", "back", a place for each, or None: see `jpeft.virtual_tokens`.
     targets: the token embedding; None: the one that the model declares.
     dtype: of the prompt, which is cast to that of the embeddings.

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from jpeft import JpeftError
-from train import config
+from jpeft.methods import METHODS
+from train import config, schema
 from train import strict_yaml as sy
+from train.other_names import OTHERS
 
 GOOD = """\
 model:
@@ -180,6 +182,107 @@ def test_faults(config_file: Callable[..., Path], old: str, new: str, said: list
     for part in said:
         if part != "~":
             assert part in str(caught.value).replace("'~'", "nothing")
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "said"),
+    [
+        ("method", "r: 8", "method.r: unknown key; did you mean method.rank?"),
+        ("training", "r: 8", "training.r: unknown key here; did you mean method.rank?"),
+        ("", "lora_alpha: 16", "lora_alpha: unknown key; did you mean method.alpha?"),
+        ("", "learning_rate: 1e-3", "learning_rate: unknown key; did you mean training.learning_rate?"),
+        ("", "seed: 1", "seed: unknown key; did you mean data.seed or training.seed?"),
+        ("", "num_virtual_tokens: 8", "unknown key; did you mean method.num_virtual_tokens?"),
+        ("method", "batch_size: 8", "unknown key here; did you mean training.batch_size or evaluation.batch_size?"),
+        ("method", "lora_target_linear: true", "did you mean method.targets: all-linear?"),
+        ("method", "modules_to_save: [lm_head]", "method: [{name: lora}, {name: full_tuning, targets: [lm_head]}]"),
+        ("training", "num-epochs: 2", "training.num-epochs: unknown key; did you mean training.epochs?"),
+        ("training", "micro_batch_size: 2", "did you mean training.batch_size?"),
+        ("training", "gradient_checkpointing: true", "did you mean model.remat: true?"),
+        ("training", "optim: paged_adamw_8bit", "did you mean training.optimizer: adamw8bit?"),
+        ("training", "optim: adamw_torch", "did you mean training.optimizer: adamw?"),
+        ("training", "optim: lion", "did you mean training.optimizer?"),
+        ("training", "save_steps: 50", "training.save_steps: unknown key here; did you mean checkpoints.every?"),
+        ("training", "eval_steps: 50", "did you mean evaluation.every?"),
+        ("training", "report_to: tensorboard", "did you mean output.tensorboard: true?"),
+        ("training", "report_to: wandb", "did you mean output.wandb: PROJECT?"),
+        ("training", "resume_from_checkpoint: last", "unknown key; the same command goes on with a run that was"),
+        ("training", "warmup_steps: 100", "training.warmup? (it is the share of the steps"),
+        ("training", "bf16: true", "did you mean model.dtype: bfloat16?"),
+        ("model", "load_in_4bit: true", "model.load_in_4bit: unknown key; did you mean model.base: nf4?"),
+        ("model", "torch_dtype: bfloat16", "did you mean model.dtype?"),
+        ("data", "val_set_size: 0.1", "data.val_set_size: unknown key; did you mean data.test_size?"),
+        ("data", "max_seq_length: 512", "did you mean data.max_length?"),
+        ("output", "output_dir: runs/x", "output.output_dir: unknown key; did you mean output.folder?"),
+    ],
+)
+def test_names_of_other_tools(config_file: Callable[..., Path], section: str, line: str, said: str) -> None:
+    text = GOOD.replace(f"{section}:\n", f"{section}:\n  {line}\n", 1) if section else f"{GOOD}{line}\n"
+    with pytest.raises(JpeftError) as caught:
+        config.load(config_file(text))
+    assert "1 fault in" in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_names_of_other_tools_lead_to_keys_that_there_are() -> None:
+    keys = {f"{name}.{key}" for name, section in schema.sections().items() for key in section.model_fields}
+    keys |= {"method.name", *(f"method.{key}" for kind in METHODS.values() for key in config.method_keys(kind))}
+    for name, ours in OTHERS.items():
+        assert name == name.lower()
+        assert not any(key.endswith(f".{name}") for key in keys if not key.startswith("method."))
+        for entry in (ours.key, *ours.values.values()):
+            assert entry.partition(":")[0] in keys or (not entry and ours.hint), name
+
+
+TWO = GOOD.replace(
+    "method:\n  name: lora\n  rank: 4\n  targets: [q_proj]\n",
+    "method:\n  - {name: lora, targets: [q_proj]}\n  - {name: bitfit, adapter_name: biases}\n",
+)
+
+
+def test_overrides_of_one_entry_of_a_list(config_file: Callable[..., Path]) -> None:
+    path = config_file(TWO)
+    for override in ("method.0.rank=2", "method[0].rank=2"):
+        made = config.load(path, [override, "method.0.targets.0=v_proj", "method.1.adapter_name=other"])
+        assert made.method == [
+            {"name": "lora", "targets": ["v_proj"], "rank": 2},
+            {"name": "bitfit", "adapter_name": "other"},
+        ]
+    assert config.load(path, ["method=[{name: ia3}]"]).method == [{"name": "ia3"}]
+    assert config.load(path, ["method={name: ia3}"]).method == {"name": "ia3"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method.rank=4"], "method is a list: write method.0.rank with the number of the entry (0 to 1), or give the"),
+        (["method.2.rank=4"], "method is a list: write method.0.rank"),
+        (["method.0.targets.first=x"], "method.0.targets is a list: write method.0.targets.0 with the number"),
+        (["data.text.column=x"], "data.text is 'text', which has no keys; give it as a whole, data.text=..."),
+        (["training.epochs=2", "training.epochs=3"], "takes the place of training.epochs=2, given before it"),
+        (["training.epochs=2", "training={seed: 3}"], "takes the place of training.epochs=2, given before it"),
+        (["method.0.rank=x"], "method[0].rank: 'x' is not a number"),
+    ],
+)
+def test_overrides_that_would_drop_something(config_file: Callable[..., Path], overrides: list[str], said: str) -> None:
+    with pytest.raises(JpeftError) as caught:
+        config.load(config_file(TWO), overrides)
+    assert f"command line, {overrides[-1]}: " in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a#b", "a #b", "#b", "Question: {text}", "*a", "- a", "~/rows.jsonl", "a: b: c"])
+def test_overrides_are_taken_word_for_word(config_file: Callable[..., Path], text: str) -> None:
+    path = config_file(GOOD)
+    assert config.load(path, [f"data.text={text}"]).data.text == text
+    assert config.load(path, [f"data.text='{text}'"]).data.text == text
+    assert config.load(config_file(GOOD.replace("text: text", f"text: '{text}'"), "quoted.yaml")).data.text == text
+
+
+def test_text_in_brackets_needs_quotes(config_file: Callable[..., Path]) -> None:
+    path = config_file(GOOD.replace("text: text", "prompt: {question}\n  completion: a"))
+    with pytest.raises(JpeftError, match="data.prompt: a mapping is not text; text that begins with a bracket goes "):
+        config.load(path)
 
 
 def test_all_faults_in_one_message(config_file: Callable[..., Path]) -> None:

@@ -89,6 +89,16 @@ def test_csv_with_an_index_and_long_fields(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
+def test_the_home_folder_is_put_in(tmp_path: Path, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jsonl([{"text": "a"}] * 4)
+    assert len(sources.read("~/rows.jsonl")) == 4
+    train, test = sources.load(DataConfig(source="~/rows.jsonl", text="text", test_size=1))
+    assert (len(train), len(test)) == (3, 1)
+    with pytest.raises(JpeftError, match="data.test_source: .* is data.source"):
+        sources.load(DataConfig(source="~/rows.jsonl", text="text", test_source=str(tmp_path / "rows.jsonl")))
+
+
 def test_numbers_of_classes_in_text_files(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "".join(f"row {i},{i % 11}\n" for i in range(44)), encoding="utf-8")

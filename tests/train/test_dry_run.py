@@ -16,6 +16,8 @@ import jpeft.models
 from jpeft import JpeftError
 from train.cli import app
 from train.flops import flops
+from train.plan import steps_of
+from train.schema import TrainingConfig
 
 
 @pytest.fixture
@@ -45,8 +47,24 @@ def test_a_plan_without_weights(config: Path, tmp_path: Path) -> None:
     # A mistake in method or data is found as in a run; weights that are packed take less.
     with pytest.raises(JpeftError, match=r"'q_prj' matches nothing"):
         CliRunner().invoke(app, ["train", str(config), "method.targets=[q_prj]", "--dry-run"], catch_exceptions=False)
-    packed = CliRunner().invoke(app, ["train", str(config), "model.base=nf4", "--dry-run"], catch_exceptions=False)
+    packed = CliRunner().invoke(
+        app, ["train", str(config), "model.base=nf4", "training.max_steps=20", "--dry-run"], catch_exceptions=False
+    )
     assert frozen(packed.output) < frozen(said)
+
+    # Fewer steps than asked for are said; without epochs, there are as many as it takes.
+    words = "training.max_steps is 20, but training.epochs=2 ends the run after 16 steps; leave epochs out to train for"
+    assert words in " ".join(packed.output.split())
+    assert words[:20] not in said
+
+
+def test_epochs_and_steps() -> None:
+    assert steps_of(TrainingConfig(), 7) == (7, "")  # type: ignore[call-arg]
+    assert steps_of(TrainingConfig(epochs=3), 7) == (21, "")  # type: ignore[call-arg]
+    assert steps_of(TrainingConfig(max_steps=30), 7) == (30, "")  # type: ignore[call-arg]
+    assert steps_of(TrainingConfig(epochs=3, max_steps=21), 7) == (21, "")  # type: ignore[call-arg]
+    assert steps_of(TrainingConfig(epochs=3, max_steps=5), 7) == (5, "")  # type: ignore[call-arg]
+    assert steps_of(TrainingConfig(epochs=3, max_steps=22), 7)[0] == 21  # type: ignore[call-arg]
 
 
 def frozen(said: str) -> float:

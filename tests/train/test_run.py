@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from typer.testing import CliRunner
 
 import jpeft
 from jpeft import JpeftError
+from jpeft.methods import METHODS
 from train import config as configs
-from train import scoring, session, use
+from train import methods, scoring, session, use
 from train.cli import app
 from train.display import Display
 from train.run import train
@@ -307,7 +309,9 @@ def test_faults_on_the_command_line_are_one_message() -> None:
     assert "Traceback" not in made.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["eval"], ["merge"], ["export"], ["report"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["generate"], ["eval"], ["merge"], ["export"], ["methods"], ["report"]]
+)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     script = (
         "import sys; sys.argv = ['jpeft', *sys.argv[1:]]\n"
@@ -317,12 +321,34 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
         "heavy = {'jax', 'flax', 'optax', 'orbax', 'transformers', 'datasets', 'torch', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    made = subprocess.run(
-        [sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, check=True
-    )
+    made = subprocess.run([sys.executable, "-c", script, *command, "-h"], capture_output=True, text=True, check=True)
     assert "Example: jpeft" in made.stdout or "Start with: jpeft train" in made.stdout
     if command == ["train"]:
         assert "training.learning_rate" in made.stdout
+        assert set(METHODS) <= set(re.split(r"[\s,]+", made.stdout.partition("Methods (jpeft methods NAME")[2]))
+    if not command:
+        assert "-h, --help" in made.stdout
+        assert "--version" in made.stdout
+
+
+def test_every_key_of_every_method_is_explained() -> None:
+    runner = CliRunner()
+    assert methods.names() == list(METHODS)
+    for name in METHODS:
+        first, rows = methods.describe(name)
+        assert first
+        assert [key for key, _, _, meaning in rows if not meaning] == [], name
+    listed = runner.invoke(app, ["methods"], catch_exceptions=False).output
+    assert [line.split()[0] for line in listed.splitlines() if line[2] != " "] == list(METHODS)
+    said = " ".join(runner.invoke(app, ["methods", "lora_plus"], catch_exceptions=False).output.split())
+    assert "rank of the update, at least 1 (whole number; default 8)" in said
+    assert "ratio how many times as large as those of A (number; default 16.0)" in said
+    assert "rank_pattern {name or regular expression: value}" in said
+    assert "(mapping; default {})" in said
+    with pytest.raises(JpeftError, match="no method 'lorra'; did you mean lora?"):
+        runner.invoke(app, ["methods", "lorra"], catch_exceptions=False)
+    version = runner.invoke(app, ["--version"], catch_exceptions=False)
+    assert re.fullmatch(r"jpeft \d+\.\d+\.\d+\n", version.output)
 
 
 def test_a_run_that_takes_the_place_of_another_is_never_mixed_with_it(

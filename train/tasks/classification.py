@@ -65,13 +65,19 @@ class SequenceTask(Task):
         return "\n".join(text_of(row[key]) for key in (self.data.text, self.data.text_pair) if key is not None)
 
     def example_prompt(self, row: Mapping[str, Any]) -> tuple[str, bool] | None:
-        return None if self.data.text_pair else (" ".join(text_of(row[str(self.data.text)]).split()[:12]), False)
+        return _beginning(row[str(self.data.text)]), False
 
-    def answers(self, run: Run, prompts: Sequence[str], **settings: Any) -> Iterator[str]:
-        if self.data.text_pair is not None:
-            raise JpeftError("the run classifies pairs of texts; use it from Python (jpeft.load_adapter)")
+    def example_pair(self, row: Mapping[str, Any]) -> str | None:
+        return None if self.data.text_pair is None else _beginning(row[self.data.text_pair])
+
+    def answers(
+        self, run: Run, prompts: Sequence[str], *, pairs: Sequence[str] | None = None, **settings: Any
+    ) -> Iterator[str]:
+        seconds: Sequence[str | None] = pairs or [None] * len(prompts)
         examples = [
-            example for row, text in enumerate(prompts) for example in run.reader.classification(text, None, None, row)
+            example
+            for row, (text, pair) in enumerate(zip(prompts, seconds, strict=True))
+            for example in run.reader.classification(text, pair, None, row)
         ]
         length = edges([len(example) for example in examples], 1)[-1]
         logits = run.model(**inputs(arrays(examples, length, len(examples))))
@@ -81,6 +87,11 @@ class SequenceTask(Task):
     def answer(self, logits: np.ndarray) -> str:
         """What logits [C] of a text say."""
         raise NotImplementedError
+
+
+def _beginning(value: Any) -> str:
+    """The first words of a text."""
+    return " ".join(text_of(value).split()[:12])
 
 
 class Classification(SequenceTask):

@@ -161,6 +161,10 @@ class Task:
         """
         return None
 
+    def example_pair(self, row: Mapping[str, Any]) -> str | None:
+        """The second text that goes with `example_prompt`, if the run takes pairs."""
+        return None
+
     def answers(self, run: Run, prompts: Sequence[str], **settings: Any) -> Iterator[str]:
         """What a finished run says to each prompt. settings: see `train.use.generate`."""
         raise JpeftError(f"the run's task is {self.name}, for which one prompt is not enough; use it from Python")
