@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -98,3 +99,70 @@ def test_flops_of_loops_and_calls() -> None:
     assert flops(jax.make_jaxpr(stack)(x, w).jaxpr) == 3 * 2 * 5 * 8 * 8
     # The backward pass recomputes the product and makes two more.
     assert flops(jax.make_jaxpr(jax.grad(jax.jit(stack), (0, 1)))(x, w).jaxpr) in (3 * 4 * 640, 3 * 3 * 640)
+
+
+# What Meta's and Qwen's config.json say of the sizes.
+LARGE = {
+    "llama-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-v5e": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+    },
+}
+LARGE["qlora-llama-8b"] = LARGE["llama-8b"]
+LARGE["qlora-llama-70b"] = {
+    **LARGE["llama-8b"],
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_configurations_for_large_machines(name: str, llama: Path, jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    """They are planned here, on shapes alone, in the seconds that compiling takes."""
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (bare / "config.json").write_text(json.dumps(LARGE[name]))
+    turns = [{"role": "user", "content": "what is it ?"}, {"role": "assistant", "content": "red " * 80}]
+    rows = jsonl([{"messages": turns}] * 200)
+    overrides = [f"model.source={bare}", f"data.source={rows}", f"output.folder={tmp_path / 'run'}"]
+    done = CliRunner().invoke(app, ["train", f"configs/{name}.yaml", *overrides, "--dry-run"], catch_exceptions=False)
+    assert done.exit_code == 0
+    said = done.output
+    unit = {"MiB": 1 / 1024, "GiB": 1.0}
+    number, name_of = re.search(r"frozen weights ([\d.]+) (\w+)", said).groups()  # type: ignore[union-attr]
+    wanted = {
+        "llama-8b": (14.96, 7.5e9),
+        "qlora-llama-8b": (5.3, 7.5e9),
+        "qlora-llama-70b": (37.5 / 8, 69.5e9),
+        "qwen3-v5e": (7.49 / 8, 4e9),
+    }
+    expected, parameters = wanted[name]
+    assert float(number) * unit[name_of] == pytest.approx(expected, rel=0.03)
+    # A step costs four times parameters times tokens, and recomputing the layers about two more.
+    length, work = re.search(r"of (\d+) tokens a row: ([\d.]+) TFLOP", said).groups()  # type: ignore[union-attr]
+    assert 4 * parameters * 16 * int(length) < float(work) * 1e12 < 7.5 * parameters * 16 * int(length)
