@@ -163,6 +163,22 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert "@import" not in page.source
 
 
+def test_a_run_that_went_on_says_so(tmp_path: Path) -> None:
+    records = [step(n) for n in range(1, 31)]
+    cases: list[tuple[Any, str]] = [
+        ([12], "after step 12"),
+        ([4, 12, 1200], "after steps 4, 12, 1,200"),
+        (list(range(1, 13)), "after steps 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 2 times before"),
+        ([], ""),
+        (["soon"], ""),
+        ("7", ""),
+    ]
+    for at, (resumed, said) in enumerate(cases):
+        page = write(tmp_path / str(at), records, {**FINISHED, "resumed": resumed}, CONFIGURATION)
+        row = re.search(r'<th scope="row">Resumed</th><td><bdi>(.*)</bdi>', page.source)
+        assert (row[1] if row else "") == said
+
+
 def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     samples = [dict.fromkeys(("asked", "wanted", "before", "after"), HOSTILE) | {"course": "learnt"}]
     summary = {**FINISHED, "samples": samples, "method": HOSTILE, "usage": HOSTILE, "courses": {HOSTILE: 3}}

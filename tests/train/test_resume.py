@@ -227,6 +227,7 @@ def test_what_a_run_cannot_go_on_with(config: Path, tmp_path: Path) -> None:
     said = console.export_text()
     assert "the checkpoint of step 6 cannot be read" in said
     assert "resumed   after step 4 of 8" in said
+    assert '<th scope="row">Resumed</th><td><bdi>after step 4</bdi>' in (run / "report.html").read_text()
     whole = train(config, [*rest, f"output.folder={tmp_path / 'whole'}"], quiet())
     assert result.losses == whole.losses
     same(run, tmp_path / "whole")

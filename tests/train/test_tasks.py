@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from flax import nnx
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import jpeft
 from jpeft import JpeftError
 from tests.train.conftest import make_tokenizer
 from train import data as task_data
-from train import use
-from train.batches import Batches, Window
+from train import session, use
+from train.batches import Batches, Window, arrays
+from train.cli import app
 from train.display import Display
 from train.examples import Reader
 from train.run import Result, train
@@ -32,7 +35,13 @@ WORDS = ("red", "two", "blue")  # a token each
 
 
 def run(
-    config_file: Callable[..., Path], model: Path, data: str, folder: Path, more: str = "", task: str = ""
+    config_file: Callable[..., Path],
+    model: Path,
+    data: str,
+    folder: Path,
+    more: str = "",
+    task: str = "",
+    *overrides: str,
 ) -> Result:
     text = (
         f"model: {{source: {model}{task}}}\n"
@@ -42,7 +51,7 @@ def run(
         f"{more}"
         f"output: {{folder: {folder}}}\n"
     )
-    return train(config_file(text), display=Display(Console(quiet=True)))
+    return train(config_file(text), overrides, Display(Console(quiet=True)))
 
 
 def prepared(max_length: int = 64, head: str | None = None, **given: Any) -> task_data.TaskData:
@@ -182,6 +191,31 @@ def test_a_run_with_several_labels(bert: Path, jsonl: Callable[..., Path], confi
         prepared(source=str(null), test_source=str(jsonl(rows)), text="text", label="label", problem_type="multi-label")
 
 
+def test_a_run_on_pairs_is_asked_with_two_texts(
+    bert: Path, jsonl: Callable[..., Path], config_file: Any, tmp_path: Path
+) -> None:
+    rows = [{"first": "is red", "second": f"two {WORDS[n % 2]}", "label": "ab"[n % 2]} for n in range(24)]
+    data = f"source: {jsonl(rows)}, text: first, text_pair: second, label: label"
+    folder, more = tmp_path / "run", "evaluation: {samples: 0}\n"
+    run(config_file, bert, data, folder, more, ", pooling: mean", "training.max_steps=1")
+    # What the run says can be typed is typed.
+    line = next(
+        line for line in json.loads((folder / "summary.json").read_text())["usage"].splitlines() if "try" in line
+    )
+    command = shlex.split(line.partition(" generate ")[2])
+    assert command[1:4] == ["--prompt", "is red", "--text-pair"]
+    made = CliRunner().invoke(app, ["generate", *command], catch_exceptions=False)
+    found = session.open_run(folder)
+    (example,) = found.reader.classification("is red", command[4], None, 0)
+    logits = found.model(**arrays([example], len(example), 1))
+    share = float(nnx.softmax(logits).max())
+    assert made.output.split() == ["ab"[int(logits.argmax())], f"{share:.3f}"]
+    with pytest.raises(JpeftError, match="give one for each --prompt .there are 2 and 1"):
+        list(use.generate(folder, ["is red", "is blue"], pairs=["two"]))
+    with pytest.raises(JpeftError, match="--text-pair: the text is empty"):
+        list(use.generate(folder, ["is red"], pairs=[" "]))
+
+
 def test_a_run_that_predicts_numbers(bert: Path, jsonl: Callable[..., Path], config_file: Any, tmp_path: Path) -> None:
     rows = [{"text": f"is {WORDS[n % 3]}", "label": str(0.5 * (n % 3))} for n in range(48)]
     data = f"source: {jsonl(rows)}, text: text, label: label, problem_type: regression"
@@ -190,6 +224,8 @@ def test_a_run_that_predicts_numbers(bert: Path, jsonl: Callable[..., Path], con
     assert list(result.after.metrics) == ["rmse", "pearson", "loss"]
     assert result.after.metrics["pearson"] > max(0.9, result.before.metrics["pearson"])
     assert result.after.metrics["rmse"] ** 2 == pytest.approx(result.after.metrics["loss"], rel=1e-4)
+    with pytest.raises(JpeftError, match="--text-pair: the run's task is regression without data.text_pair; leave it"):
+        list(use.generate(tmp_path / "run", ["is blue"], pairs=["is red"]))
     (said,) = use.generate(tmp_path / "run", ["is blue"])
     assert abs(float(said) - 1.0) < 0.3
     odd = jsonl([*rows, {"text": "a", "label": "much"}], "odd.jsonl")
