@@ -1,4 +1,4 @@
-"""The command line: `jpeft train`, `jpeft eval`, `jpeft generate`, ..., `jpeft report`.
+"""The command line: `jpeft train`, `jpeft compare`, `jpeft eval`, `jpeft generate`, ..., `jpeft report`.
 
 JAX and everything that brings it are imported inside the commands, so that help appears at once.
 """
@@ -96,6 +96,39 @@ def train(
     except KeyboardInterrupt:
         # Caught here: typer would end the program without a word.
         typer.echo("\nstopped before the first step: nothing was written", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def compare(
+    configs: Annotated[
+        list[str],
+        typer.Argument(
+            help="YAML files that describe a comparison each, and keys to set otherwise in all of them.",
+            metavar="CONFIG.yaml ... [KEY=VALUE ...]",
+        ),
+    ],
+) -> None:
+    """Train several methods on the same rows with several seeds and write one table of scores and costs.
+
+    The learning rate of each method is chosen from the same few by a part of the training rows. The same command again
+    goes on where it was stopped. Exit codes are those of train; a method that fails is a line of the table.
+
+    Example: jpeft compare configs/compare/small.yaml
+    """
+    from train.stopping import Stopped
+
+    overrides = [text for text in configs if "=" in text and not Path(text).exists()]
+    try:
+        from train.compare import run
+
+        for config in configs:
+            if config not in overrides:
+                run.compare(Path(config), overrides)
+    except Stopped as stop:
+        raise typer.Exit(stop.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("\nstopped between two runs; the same command goes on from there", err=True)
         raise typer.Exit(130) from None
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import pydantic
 import yaml
@@ -28,8 +28,22 @@ from train.strict_yaml import Fault, Faults, Node, NotThis
 _OPEN = {"targets": str | list[str], "exclude": str | list[str] | None, "layers": tuple[int, ...] | None}
 
 
+Made = TypeVar("Made")
+Kind = TypeVar("Kind", bound=schema.Section)
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in `path` with `section.key=value` overrides.
+
+    Raises JpeftError with every fault found.
+    """
+    return read(path, overrides, build, _required())
+
+
+def read(
+    path: Path, overrides: Sequence[str], build: Callable[[Node, Faults], Made | None], required: Sequence[str]
+) -> Made:
+    """What `build` makes of the file's tree with its overrides; required: keys that an empty file is told of.
 
     Raises JpeftError with every fault found.
     """
@@ -44,12 +58,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     faults: Faults = []
     root = sy.read(text, faults)
     if root is None and not faults:
-        faults.append(Fault("line 1", "", f"the file is empty; needed are {', '.join(_required())}"))
+        faults.append(Fault("line 1", "", f"the file is empty; needed are {', '.join(required)}"))
     if root is not None:
         root = _overridden(root, overrides, faults)
-        config = _build(root, faults)
-        if config is not None and not faults:
-            return config
+        made = build(root, faults)
+        if made is not None and not faults:
+            return made
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     listed = "\n".join(f"  {fault}" for fault in sorted(faults, key=lambda fault: fault.order))
     raise JpeftError(f"{path}: {count} in the configuration\n{listed}")
@@ -181,7 +195,8 @@ def _put(node: Node, names: Sequence[str], above: Sequence[str], value: Node) ->
     return Node(children, node.where)
 
 
-def _build(root: Node, faults: Faults) -> Config | None:
+def build(root: Node, faults: Faults) -> Config | None:
+    """The configuration of a file's tree, with all that is wrong added to `faults`."""
     if not isinstance(root.value, dict):
         faults.append(Fault(root.where, "", f"{sy.show(root)} is not a mapping of {', '.join(Config.model_fields)}"))
         return None
@@ -197,7 +212,7 @@ def _build(root: Node, faults: Faults) -> Config | None:
         if name in children:
             values[name] = _section(section, children[name], name, faults)
     if "method" in children:
-        values["method"] = _method(children["method"], faults)
+        values["method"] = build_method(children["method"], "method", faults)
     if faults:
         # Limits are checked all the same, so that one message has everything.
         for name, section in schema.sections().items():
@@ -214,6 +229,13 @@ def _build(root: Node, faults: Faults) -> Config | None:
     config = Config(**{**values, **sections})
     faults += _together(config, children)
     return config
+
+
+def build_section(section: type[Kind], node: Node, key: str, faults: Faults) -> Kind | None:
+    """One section, which stands at `key` of the file ("" for the file as a whole)."""
+    before = len(faults)
+    made = _validate(section, _section(section, node, key, faults), node, key, faults)
+    return made if len(faults) == before else None
 
 
 def _section(section: type[schema.Section], node: Node, key: str, faults: Faults) -> dict[str, Any]:
@@ -234,16 +256,18 @@ def _validate(section: type[schema.Section], values: dict[str, Any], node: Node,
             if entry["type"] != "missing":
                 child = node.value.get(name, node) if isinstance(node.value, dict) else node
                 message = entry["msg"].replace("Input should", "must")
-                faults.append(Fault(child.where, f"{key}.{name}", f"{entry['input']!r} {message}"))
+                path = f"{key}.{name}" if key else name
+                faults.append(Fault(child.where, path, f"{entry['input']!r} {message}"))
         return None
 
 
-def _method(node: Node, faults: Faults) -> Any:
+def build_method(node: Node, key: str, faults: Faults) -> Any:
+    """The method (or list of methods) with its settings that stands at `key` of the file."""
     if isinstance(node.value, list):
         if not node.value:
-            faults.append(Fault(node.where, "method", "the list is empty; give at least one method"))
-        return [_one_method(child, f"method[{index}]", faults) for index, child in enumerate(node.value)]
-    return _one_method(node, "method", faults)
+            faults.append(Fault(node.where, key, "the list is empty; give at least one method"))
+        return [_one_method(child, f"{key}[{index}]", faults) for index, child in enumerate(node.value)]
+    return _one_method(node, key, faults)
 
 
 def method_keys(kind: type) -> dict[str, Any]:

@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 480, 264
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 30, 40
 _MOST_POINTS = 400  # along a curve; a screen shows no more
 _MOST_STOPS = 90  # places where a pointer reads values
-_SPREAD = 300.0  # ratio of largest to smallest value from which a logarithmic axis shows more
+SPREAD = 300.0  # ratio of largest to smallest value from which a logarithmic axis shows more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def number(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """A value at an axis: `250k`, `1.5M`, `0.002`."""
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if limit <= abs(value) < 1e13:
@@ -93,7 +93,7 @@ def _short(value: float) -> str:
     return f"{value:.6g}"
 
 
-class _Scale:
+class Scale:
     """Values to places along one axis; `log` for a logarithmic one."""
 
     def __init__(self, low: float, high: float, start: float, end: float, *, log: bool = False):
@@ -119,10 +119,10 @@ def chart(title: str, series: Sequence[Series]) -> Markup:
     if not steps:
         return Markup("")
     finite = [value for one in series for value in one.values if math.isfinite(value)] or [0.0]
-    x = _Scale(*_widened(min(steps), max(steps)), LEFT, WIDTH - RIGHT)
-    log = min(finite) > 0 and max(finite) / min(finite) > _SPREAD
-    low, high = (min(finite), max(finite)) if log else _widened(min(finite), max(finite), 0.04)
-    y = _Scale(low, high, HEIGHT - BOTTOM, TOP, log=log)
+    x = Scale(*widened(min(steps), max(steps)), LEFT, WIDTH - RIGHT)
+    log = min(finite) > 0 and max(finite) / min(finite) > SPREAD
+    low, high = (min(finite), max(finite)) if log else widened(min(finite), max(finite), 0.04)
+    y = Scale(low, high, HEIGHT - BOTTOM, TOP, log=log)
 
     svg = ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-label": title})
     _axes(svg, x, y, "steps" + (" (values on a logarithmic scale)" if log else ""))
@@ -134,7 +134,7 @@ def chart(title: str, series: Sequence[Series]) -> Markup:
     return Markup(ElementTree.tostring(svg, encoding="unicode"))
 
 
-def _widened(low: float, high: float, share: float = 0.0) -> tuple[float, float]:
+def widened(low: float, high: float, share: float = 0.0) -> tuple[float, float]:
     """The range with some air; one of hardly more than a value gets a width, so that its ticks can be told apart."""
     if high / 2 - low / 2 <= 1e-5 * max(abs(low), abs(high)):
         air = abs(low / 2) or 1.0
@@ -144,27 +144,28 @@ def _widened(low: float, high: float, share: float = 0.0) -> tuple[float, float]
     return wide if all(map(math.isfinite, wide)) else (low, high)
 
 
-def _add(parent: ElementTree.Element, tag: str, text: str | None = None, **attributes: object) -> ElementTree.Element:
+def add(parent: ElementTree.Element, tag: str, text: str | None = None, **attributes: object) -> ElementTree.Element:
+    """A new element in `parent`; `class_` is the attribute `class`, and `text_anchor` is `text-anchor`."""
     names = {name.rstrip("_").replace("_", "-"): str(value) for name, value in attributes.items()}
     made = ElementTree.SubElement(parent, tag, names)
     made.text = text
     return made
 
 
-def _axes(svg: ElementTree.Element, x: _Scale, y: _Scale, below: str) -> None:
-    grid = _add(svg, "g", class_="axes")
+def _axes(svg: ElementTree.Element, x: Scale, y: Scale, below: str) -> None:
+    grid = add(svg, "g", class_="axes")
     for value in y.ticks():
-        _add(grid, "line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(value), y2=y(value))
-        _add(grid, "text", _short(value), x=LEFT - 8, y=round(y(value) + 4, 2), text_anchor="end")
+        add(grid, "line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(value), y2=y(value))
+        add(grid, "text", short(value), x=LEFT - 8, y=round(y(value) + 4, 2), text_anchor="end")
     for value in x.ticks():
         if value.is_integer() and x.low <= value <= x.high:
-            _add(grid, "line", x1=x(value), x2=x(value), y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM + 4, class_="tick")
-            _add(grid, "text", _short(value), x=x(value), y=HEIGHT - BOTTOM + 18, text_anchor="middle")
-    _add(grid, "line", x1=LEFT, x2=WIDTH - RIGHT, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM, class_="base")
-    _add(grid, "text", below, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle", class_="what")
+            add(grid, "line", x1=x(value), x2=x(value), y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM + 4, class_="tick")
+            add(grid, "text", short(value), x=x(value), y=HEIGHT - BOTTOM + 18, text_anchor="middle")
+    add(grid, "line", x1=LEFT, x2=WIDTH - RIGHT, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM, class_="base")
+    add(grid, "text", below, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle", class_="what")
 
 
-def _curve(svg: ElementTree.Element, one: Series, x: _Scale, y: _Scale, index: int) -> None:
+def _curve(svg: ElementTree.Element, one: Series, x: Scale, y: Scale, index: int) -> None:
     kind = "faint" if one.faint else f"c{index % 4}"
     runs: list[list[tuple[float, float]]] = [[]]
     for step, value in _thinned(one):
@@ -172,15 +173,15 @@ def _curve(svg: ElementTree.Element, one: Series, x: _Scale, y: _Scale, index: i
             runs[-1].append((x(step), y(value)))
         else:
             runs.append([])
-            mark = _add(svg, "text", "×", x=x(step), y=TOP + 4, text_anchor="middle", class_="broken")  # noqa: RUF001
-            _add(mark, "title", f"step {step:,.0f}: {number(value)}")
+            mark = add(svg, "text", "×", x=x(step), y=TOP + 4, text_anchor="middle", class_="broken")  # noqa: RUF001
+            add(mark, "title", f"step {step:,.0f}: {number(value)}")
     for run in filter(None, runs):
         if len(run) > 1:
-            _add(svg, "polyline", points=" ".join(f"{a:g},{b:g}" for a, b in run), class_=f"line {kind}")
+            add(svg, "polyline", points=" ".join(f"{a:g},{b:g}" for a, b in run), class_=f"line {kind}")
     dots = [point for run in runs for point in run]
     if not one.faint and len(dots) <= 24:
         for a, b in dots:
-            _add(svg, "circle", cx=a, cy=b, r=3, class_=f"dot {kind}")
+            add(svg, "circle", cx=a, cy=b, r=3, class_=f"dot {kind}")
 
 
 def _thinned(one: Series) -> list[tuple[float, float]]:
@@ -204,17 +205,15 @@ def _legend(svg: ElementTree.Element, series: Sequence[Series], named: Sequence[
     entries += [(one.name, "faint") for one in series if one.faint]
     if len(entries) < 2:
         return
-    at, legend = float(LEFT), _add(svg, "g", class_="legend")
+    at, legend = float(LEFT), add(svg, "g", class_="legend")
     for name, kind in entries:
         shown = name if len(name) <= 28 else f"{name[:27]}…"
-        _add(legend, "line", x1=at, x2=at + 18, y1=12, y2=12, class_=f"line {kind}")
-        _add(legend, "text", shown, x=at + 24, y=16)
+        add(legend, "line", x1=at, x2=at + 18, y1=12, y2=12, class_=f"line {kind}")
+        add(legend, "text", shown, x=at + 24, y=16)
         at += 24 + 7.2 * len(shown) + 18
 
 
-def _readouts(
-    svg: ElementTree.Element, series: Sequence[Series], named: Sequence[Series], x: _Scale, y: _Scale
-) -> None:
+def _readouts(svg: ElementTree.Element, series: Sequence[Series], named: Sequence[Series], x: Scale, y: Scale) -> None:
     """At each stop a strip that a pointer can rest on, and what is then shown."""
     steps = sorted({step for one in series for step in one.steps})
     stops = (
@@ -225,19 +224,19 @@ def _readouts(
     edges = [float(LEFT), *((x(a) + x(b)) / 2 for a, b in itertools.pairwise(stops)), float(WIDTH - RIGHT)]
     tables = [(one, dict(zip(one.steps, one.values, strict=True))) for one in series]
     for stop, (start, end) in zip(stops, itertools.pairwise(edges), strict=True):
-        group = _add(svg, "g", class_="stop")
-        _add(group, "rect", x=start, y=TOP, width=round(max(0.5, end - start), 2), height=HEIGHT - TOP - BOTTOM)
-        tip = _add(group, "g", class_="tip")
-        _add(tip, "line", x1=x(stop), x2=x(stop), y1=TOP, y2=HEIGHT - BOTTOM)
+        group = add(svg, "g", class_="stop")
+        add(group, "rect", x=start, y=TOP, width=round(max(0.5, end - start), 2), height=HEIGHT - TOP - BOTTOM)
+        tip = add(group, "g", class_="tip")
+        add(tip, "line", x1=x(stop), x2=x(stop), y1=TOP, y2=HEIGHT - BOTTOM)
         lines = [f"step {stop:,.0f}"]
         for one, table in tables:
             if stop in table:
                 value = table[stop]
                 lines.append(f"{one.name[:40]} {number(value)}")
                 if math.isfinite(value) and not one.faint:
-                    _add(tip, "circle", cx=x(stop), cy=y(value), r=4, class_=f"dot c{named.index(one) % 4}")
+                    add(tip, "circle", cx=x(stop), cy=y(value), r=4, class_=f"dot c{named.index(one) % 4}")
         wide = 7.2 * max(map(len, lines)) + 16
         left = min(x(stop) + 8, WIDTH - 2 - wide) if x(stop) < WIDTH / 2 else max(2, x(stop) - 8 - wide)
-        _add(tip, "rect", x=round(left, 2), y=TOP + 4, width=round(wide, 2), height=16 * len(lines) + 8, rx=4)
+        add(tip, "rect", x=round(left, 2), y=TOP + 4, width=round(wide, 2), height=16 * len(lines) + 8, rx=4)
         for row, line in enumerate(lines):
-            _add(tip, "text", line, x=round(left + 8, 2), y=TOP + 20 + 16 * row)
+            add(tip, "text", line, x=round(left + 8, 2), y=TOP + 20 + 16 * row)

@@ -147,6 +147,8 @@ def _command() -> str:
 def methods_of(config: Config) -> str:
     """The methods of a configuration with their settings, on one line."""
     entries = config.method if isinstance(config.method, list) else [config.method]
-    return " + ".join(
-        f"{entry['name']} ({', '.join(f'{k} {v}' for k, v in entry.items() if k != 'name')})" for entry in entries
-    )
+    made = []
+    for entry in entries:
+        settings = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "name")
+        made.append(f"{entry['name']} ({settings})" if settings else str(entry["name"]))
+    return " + ".join(made)

@@ -36,7 +36,7 @@ def write_report(folder: Path) -> Path:
         raise JpeftError(f"{folder}: no run here ({CONFIG} is missing); give the output.folder of a jpeft train")
     path = folder / REPORT
     beside = path.with_name(path.name + ".new")
-    page = _environment().get_template("report.html.j2").render(_page(folder))
+    page = environment().get_template("report.html.j2").render(_page(folder))
     try:
         beside.write_text(page, encoding="utf-8")
         beside.replace(path)
@@ -45,7 +45,8 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Templates of this package's pages. What is put into them is escaped, and shown where it would act."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -91,7 +91,7 @@ def carry_out(
 
     counted = f"{len(materials.train_rows):,} rows to train on, {len(materials.test_rows):,} held out"
     display.say(f"data      {counted}, from {config.data.source}")
-    materials.tokenizer()  # one that is missing is said before weights are read
+    materials.base.tokenizer()  # one that is missing is said before weights are read
     model = adapted(config, materials)
     described = jpeft.describe(model)
     display.say(f"model     {config.model.source}, {described.total - described.trainable:,} frozen parameters")
@@ -103,7 +103,7 @@ def carry_out(
     for name, counts in task.counts.items():
         for what, count in counts.items():
             display.say(f"warning   {name}: {count} {what}")
-    mesh = materials.mesh
+    mesh = materials.base.mesh
     if mesh is not None:
         sizes = ", ".join(f"{axis} {count}" for axis, count in mesh.shape.items())
         display.say(f"mesh      {mesh.size} devices: {sizes}")
@@ -129,9 +129,9 @@ def carry_out(
 
 def adapted(config: Config, materials: Materials) -> Any:
     """The model as a run of `config` begins with it: base, and the method as its seed makes it."""
-    seed = config.training.seed
-    model = configs.method_of(config)(materials.model(seed), rngs=jax.random.key(seed))
-    return model if materials.mesh is None else jpeft.shard(model, materials.mesh, materials.rules)
+    seed, base = config.training.seed, materials.base
+    model = configs.method_of(config)(base.model(seed), rngs=jax.random.key(seed))
+    return model if base.mesh is None else jpeft.shard(model, base.mesh, base.rules)
 
 
 def made_of(model: Any, task: TaskData) -> dict[str, str]:
