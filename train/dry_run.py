@@ -33,7 +33,8 @@ def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None
         state = jax.tree.map(placed_value, state, layouts[1])
     display.say(plan.sentence())
     display.say(f"\n{jpeft.describe(model)}\n")
-    held = {"frozen weights": frozen, "adapter": adapter, "optimizer": state}
+    held = {"frozen weights": frozen, "adapter": {**adapter, **buffers}, "optimizer": state}
+    saved = held["adapter"], (adapter, state)
     sizes = {name: _bytes(arrays) for name, arrays in held.items()}
     display.say("memory    " + ", ".join(f"{name} {size(count)}" for name, count in sizes.items()))
     step: Any = make_step(graphdef, kind, plan.transform, layouts)
@@ -59,8 +60,8 @@ def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None
             f"(compiled in {clock(took)})"
         )
     display.say(f"run       {_count(work)}FLOP in {plan.steps} steps, without evaluations")
-    checkpoint = sizes["adapter"] + sizes["optimizer"]
-    display.say(f"files     the adapter takes {size(sizes['adapter'])}, a checkpoint {size(checkpoint)}")
+    files = [sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in saved]
+    display.say(f"files     the adapter takes {size(files[0])}, a checkpoint {size(files[1])}")
     display.say(
         "nothing was trained or written (--dry-run). Memory is that of each device, temporaries as the compiler allots "
         f"them on {jax.devices()[0].device_kind}; FLOP are those of matrix products on all devices"

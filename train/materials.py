@@ -26,7 +26,7 @@ class Base:
     """
 
     def __init__(self, config: Config, *, abstract: bool = False):
-        self._config, self._abstract = config, abstract
+        self._config, self.abstract = config, abstract
         self.mesh = placing.mesh_of(config)
         self.rules = None if self.mesh is None else placing.rules_of(config)
         self._has_head = task_of(config.data, config.model.task).outputs is not None
@@ -46,7 +46,7 @@ class Base:
             self._model = None  # two at once may be more than fits
             training = self._config.training.model_copy(update={"seed": seed})
             config = self._config.model_copy(update={"training": training})
-            if self._abstract:
+            if self.abstract:
                 self._model = made_of, session.abstract_model(config)
             else:
                 self._model = made_of, session.base_model(config, self.mesh, self.rules)

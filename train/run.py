@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 import jpeft
 from jpeft.checkpoint import fingerprint
@@ -130,8 +131,10 @@ def carry_out(
 def adapted(config: Config, materials: Materials) -> Any:
     """The model as a run of `config` begins with it: base, and the method as its seed makes it."""
     seed, base = config.training.seed, materials.base
-    model = configs.method_of(config)(base.model(seed), rngs=jax.random.key(seed))
-    return model if base.mesh is None else jpeft.shard(model, base.mesh, base.rules)
+    method, model, key = configs.method_of(config), base.model(seed), jax.random.key(seed)
+    # Some methods start from values of the base, which a plan does not have.
+    made = nnx.eval_shape(lambda model: method(model, rngs=key), model) if base.abstract else method(model, rngs=key)
+    return made if base.mesh is None else jpeft.shard(made, base.mesh, base.rules)
 
 
 def made_of(model: Any, task: TaskData) -> dict[str, str]:

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,12 @@ from typer.testing import CliRunner
 
 import jpeft.models
 from jpeft import JpeftError
+from train import config as configs
 from train.cli import app
 from train.flops import flops
+from train.materials import Materials
 from train.plan import steps_of
+from train.run import adapted
 from train.schema import TrainingConfig
 
 
@@ -57,6 +61,43 @@ def test_a_plan_without_weights(config: Path, tmp_path: Path) -> None:
     words = "training.max_steps is 20, but training.epochs=2 ends the run after 16 steps; leave epochs out to train for"
     assert words in " ".join(packed.output.split())
     assert words[:20] not in said
+
+
+def test_methods_that_start_from_the_base_have_a_plan_too(config: Path) -> None:
+    made = configs.load(config)
+    materials = Materials(made, abstract=True)
+    for method in (
+        {"name": "dora", "rank": 2},
+        {"name": "lora", "init": "pissa"},
+        {"name": "prompt_tuning"},
+        {"name": "prefix_tuning", "reparameterize": False, "num_virtual_tokens": 2, "init": "text", "text_ids": [3, 4]},
+        {"name": "norm_tuning"},
+        {"name": "houlsby"},
+        {"name": "trainable_tokens", "tokens": [3]},
+        [{"name": "lora"}, {"name": "norm_tuning"}],
+    ):
+        model = adapted(made.model_copy(update={"method": method}), materials)
+        assert jpeft.describe(model).trainable > 0
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(jpeft.partition(model)[1:]))
+
+
+def test_no_target_trains_as_a_whole_unless_it_is_asked_to(config: Path) -> None:
+    made = configs.load(config)
+    materials = Materials(made, abstract=True)
+
+    def trained(method: Any) -> set[str]:
+        rows = jpeft.describe(adapted(made.model_copy(update={"method": method}), materials)).rows
+        return {row.path for row in rows if row.trainable}
+
+    low_rank = {f"{path}/lora/{factor}" for path in ("embed_tokens", "layers/self_attn/q_proj") for factor in "ab"}
+    lora = {"name": "lora", "targets": ["q_proj", "embed_tokens"]}
+    assert trained(lora) == low_rank
+    # The head is the embedding's matrix, which is there once.
+    with pytest.raises(JpeftError, match="target 'lm_head' matches nothing"):
+        trained({**lora, "targets": ["q_proj", "lm_head"]})
+    full = {"name": "full_tuning", "targets": ["norm"]}
+    assert trained([lora, full]) == {*low_rank, "norm/full/scale"}
+    assert trained({"name": "trainable_tokens", "tokens": [3]}) == {"embed_tokens/tokens/rows"}
 
 
 def test_epochs_and_steps() -> None:

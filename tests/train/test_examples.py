@@ -9,7 +9,9 @@ import pytest
 
 from jpeft import JpeftError
 from tests.train.conftest import make_tokenizer
+from train.batches import Batches, Window
 from train.examples import Example, Reader
+from train.tasks import TASKS
 
 THINK = (
     "{% for m in messages %}<|start|>{{ m.role }}\n"
@@ -92,6 +94,20 @@ def test_no_second_end_and_no_pad_token_needed() -> None:
     assert list(example.ids).count(2) == 1
     (example,) = reader.completion("the", " red</s>", 0)
     assert list(example.ids).count(2) == 1
+
+
+def test_an_end_that_pads_as_well_is_learnt_where_it_ends() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "</s>"
+    reader = Reader(tokenizer, 64)
+    (short,), (long,) = reader.completion("the", " red", 0), reader.completion("the", " red green blue", 1)
+    assert len(short) < len(long)
+    batch = Batches(TASKS["text"], [short, long])(Window((0, 1), len(long)), 2)
+    at = len(short) - 1
+    assert batch["input_ids"][0, at] == 2
+    assert batch["attention_mask"].sum(1).tolist() == [len(short), len(long)]
+    assert batch["labels"][0].tolist().count(2) == 1
+    assert batch["weights"].tolist() == [2, long.targets.sum()]  # one for " red", one for the end
 
 
 def test_long_rows(tokenizer: Any) -> None:

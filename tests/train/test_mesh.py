@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,3 +87,5 @@ def test_a_dry_run_counts_what_each_device_holds(config: Path) -> None:
     assert "mesh      8 devices: data 1, fsdp 8, tensor 1" in said["cut"]
     held = {name: float(text.split("frozen weights ")[1].split()[0]) for name, text in said.items()}
     assert held["cut"] < held["alone"] / 3
+    files = {re.search(r"files .*", text)[0] for text in said.values()}  # type: ignore[index]
+    assert len(files) == 1, "what is written does not depend on the mesh"
