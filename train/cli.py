@@ -6,6 +6,7 @@ JAX and everything that brings it are imported inside the commands, so that help
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sys
 import textwrap
@@ -118,7 +119,8 @@ def compare(
     """
     from train.stopping import Stopped
 
-    overrides = [text for text in configs if "=" in text and not Path(text).exists()]
+    # A file whose name has an equals sign can be given as ./NAME.
+    overrides = [text for text in configs if re.match(r"[\w.\[\]-]+=", text)]
     try:
         from train.compare import run
 

@@ -68,14 +68,15 @@ def test_a_comparison(
     bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
-    path = config_file(text(bert, rows, folder), "tiny.yaml")
+    path = config_file(text(bert, rows, folder, "{}"), "tiny.yaml")
+    given = f"methods={METHODS}"
     loaded = []
     base_model = session.base_model
     monkeypatch.setattr(
         session, "base_model", lambda config, *where: loaded.append(config) or base_model(config, *where)
     )
 
-    said = CliRunner().invoke(app, ["compare", str(path)], catch_exceptions=False)
+    said = CliRunner().invoke(app, ["compare", str(path), given], catch_exceptions=False)
     assert said.exit_code == 0, said.output
     assert [config.training.seed for config in loaded] == [0, 1]  # once for each head, whatever the number of methods
     assert "nowhere" in said.output
@@ -106,7 +107,7 @@ def test_a_comparison(
     (folder / "runs" / "biases" / "rate-0.01-seed-1" / session.ADAPTER).rename(tmp_path / "gone")
     kept = [folder / "runs" / "biases" / "rate-0.01-seed-0" / session.METRICS, folder / "measured" / "lora.json"]
     before = [file.stat().st_mtime_ns for file in kept]
-    again = compare(path, (), quiet())
+    again = compare(path, [given], quiet())
     assert [file.stat().st_mtime_ns for file in kept] == before
     assert (folder / "runs" / "biases" / "rate-0.01-seed-1" / session.ADAPTER).exists()
     for entry, row in zip(again, read, strict=True):
@@ -114,7 +115,7 @@ def test_a_comparison(
         assert entry.scores == [float(row[f"score_seed_{seed}"]) for seed in (0, 1) if row[f"score_seed_{seed}"]]
 
     with pytest.raises(JpeftError, match=r"another configuration:\n  training\.batch_size: 8 -> 4"):
-        compare(path, ["training.batch_size=4"], quiet())
+        compare(path, [given, "training.batch_size=4"], quiet())
 
 
 def test_rates_are_chosen_by_training_rows(
@@ -263,6 +264,8 @@ def test_the_front_and_its_drawing() -> None:
     places = [(float(one.get("x", "")), float(one.get("y", ""))) for one in names.values()]
     assert len({(x, y) for x, y in places}) == 4
     assert plot("score", "cost", []) == ""
+    assert "cost (logarithmic)" in plot("score", "cost", points)
+    assert "logarithmic" not in plot("score", "cost", points[:1])  # a narrow range has round numbers in even steps
 
     # A hundred methods at one place still have a page.
     costs = Costs(10, 10, 0.1, None, 0.1, 1.0, merged=False, tokens=8)

@@ -13,6 +13,7 @@ from train.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, add, nu
 
 _LETTER = 6.4  # width of one in a label
 _HIGH = 12  # of a label
+_WIDE = 5.0  # ratio of largest to smallest cost from which a logarithmic axis shows more
 Box = tuple[float, float, float, float]
 
 
@@ -42,18 +43,20 @@ def front(points: Sequence[Point], *, lower_is_better: bool = False) -> list[Poi
 
 
 def plot(title: str, below: str, points: Sequence[Point], *, lower_is_better: bool = False) -> Markup:
-    """An `<svg>` of the points, costs on a logarithmic axis; "" if there are none. below: what the cost is."""
+    """An `<svg>` of the points; "" if there are none. below: what the cost is."""
     points = [point for point in points if point.cost > 0 and math.isfinite(point.cost) and math.isfinite(point.score)]
     if not points:
         return Markup("")
     costs = [point.cost for point in points]
-    air = max(1.15, (max(costs) / min(costs)) ** 0.12)
-    x = Scale(min(costs) / air, max(costs) * air, LEFT, WIDTH - RIGHT, log=True)
+    log = max(costs) / min(costs) > _WIDE
+    air = (max(costs) / min(costs)) ** 0.12
+    least, most = (min(costs) / air, max(costs) * air) if log else widened(min(costs), max(costs), 0.12)
+    x = Scale(least, most, LEFT, WIDTH - RIGHT, log=log)
     low, high = (sign([point.score + way * point.spread for point in points]) for sign, way in ((min, -1), (max, 1)))
     y = Scale(*widened(low, high, 0.08), HEIGHT - BOTTOM, TOP)
 
     svg = ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-label": title})
-    _axes(svg, x, y, f"{below} (logarithmic)")
+    _axes(svg, x, y, f"{below} (logarithmic)" if log else below)
     best = front(points, lower_is_better=lower_is_better)
     if len(best) > 1:
         corners = " ".join(f"{x(point.cost):g},{y(point.score):g}" for point in best)
@@ -77,12 +80,11 @@ def _axes(svg: ElementTree.Element, x: Scale, y: Scale, below: str) -> None:
 
 
 def _thinned(x: Scale) -> list[float]:
-    """The ticks of a logarithmic axis that have room for their numbers."""
+    """The ticks that have room for their numbers."""
     kept: list[float] = []
     for value in x.ticks():
-        rounded = float(f"{value:.2g}")
-        if x.low <= rounded <= x.high and (not kept or x(rounded) - x(kept[-1]) > 40):
-            kept.append(rounded)
+        if x.low <= value <= x.high and (not kept or x(value) - x(kept[-1]) > 40):
+            kept.append(value)
     return kept
 
 
