@@ -121,6 +121,8 @@ def compare(
 
     # A file whose name has an equals sign can be given as ./NAME.
     overrides = [text for text in configs if re.match(r"[\w.\[\]-]+=", text)]
+    if len(overrides) == len(configs):
+        raise typer.BadParameter("give the YAML file of a comparison, such as configs/compare/small.yaml")
     try:
         from train.compare import run
 

@@ -202,7 +202,7 @@ def build(root: Node, faults: Faults) -> Config | None:
         return None
     children = root.value
     faults += [
-        Fault(child.where, name, _unknown(name, child, "", list(Config.model_fields)))
+        Fault(child.where, name, unknown(name, child, "", list(Config.model_fields)))
         for name, child in children.items()
         if name not in Config.model_fields
     ]
@@ -241,7 +241,7 @@ def build_section(section: type[Kind], node: Node, key: str, faults: Faults) -> 
 def _section(section: type[schema.Section], node: Node, key: str, faults: Faults) -> dict[str, Any]:
     annotations = {name: field.annotation for name, field in section.model_fields.items()}
     made = convert_keys(
-        node, annotations, key, faults, lambda name, child: _unknown(name, child, key, list(annotations))
+        node, annotations, key, faults, lambda name, child: unknown(name, child, key, list(annotations))
     )
     missing([name for name, field in section.model_fields.items() if field.is_required()], node, key, faults)
     return made
@@ -296,7 +296,7 @@ def _one_method(node: Node, key: str, faults: Faults) -> dict[str, Any]:
     annotations = {"name": str, **method_keys(kind)}
     before = len(faults)
     made = convert_keys(
-        node, annotations, key, faults, lambda name, child: _unknown(name, child, key, list(annotations))
+        node, annotations, key, faults, lambda name, child: unknown(name, child, key, list(annotations))
     )
     if len(faults) == before:
         try:
@@ -307,7 +307,7 @@ def _one_method(node: Node, key: str, faults: Faults) -> dict[str, Any]:
     return made
 
 
-def _unknown(name: str, node: Node, key: str, options: list[str]) -> str:
+def unknown(name: str, node: Node, key: str, options: list[str]) -> str:
     """What to say of an unknown key: the name meant, here or in another section, and its value if that changes too."""
     from jpeft.methods import METHODS
 

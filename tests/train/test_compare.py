@@ -174,6 +174,7 @@ def test_faults_come_in_one_message(tmp_path: Path, config_file: Callable[..., P
         "seeds: [1, -1]\n"
         "learning_rate: [1e-3]\n"
         "output: {folder: out, overwrite: true}\n"
+        "epochs: 3\n"
     )
     with pytest.raises(JpeftError) as caught:
         load(config_file(wrong))
@@ -186,6 +187,7 @@ def test_faults_come_in_one_message(tmp_path: Path, config_file: Callable[..., P
         "line 7: training.learning_rate: learning_rates sets it",
         "line 8: seeds: -1 must be greater than or equal to 0",
         "line 9: learning_rate: unknown key; did you mean learning_rates?",
+        "line 11: epochs: unknown key; did you mean training.epochs?",
         "line 10: output.overwrite: a comparison goes on",
     ):
         assert any(line.strip().startswith(start) for line in lines), (start, lines)
@@ -199,6 +201,7 @@ def test_faults_come_in_one_message(tmp_path: Path, config_file: Callable[..., P
     }.items():
         with pytest.raises(JpeftError, match=re.escape(said)):
             load(good, [override])
+    assert "give the YAML file" in CliRunner().invoke(app, ["compare", "seeds=[1]"]).output
     assert load(good).run("biases", 0.5, 7).method == {"name": "bitfit"}
 
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from jpeft.errors import nearest
 from train import config as configs
 from train import strict_yaml as sy
 from train.schema import Config, Positive, Section
@@ -85,10 +84,10 @@ def _build(root: Node, faults: Faults) -> Comparison | None:
     children, shared = dict(root.value), [name for name in Config.model_fields if name != "method"]
     known = [*shared, "methods", *Grid.model_fields, "forgetting"]
     for name in [name for name in children if name not in known]:
-        near = nearest(name, known, 1)[0]
-        faults.append(
-            Fault(children.pop(name).where, name, f"unknown key; did you mean {near}? (known: {', '.join(known)})")
-        )
+        child = children.pop(name)
+        several = f"unknown key; did you mean {name}s? (known: {', '.join(known)})"
+        said = several if f"{name}s" in known else configs.unknown(name, child, "", known)
+        faults.append(Fault(child.where, name, said))
     methods = _methods(children.pop("methods", None), root, faults)
     grid = configs.build_section(
         Grid, Node({n: children.pop(n) for n in Grid.model_fields if n in children}, root.where), "", faults
