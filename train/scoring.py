@@ -9,7 +9,7 @@ from pathlib import Path
 import jpeft
 from jpeft.errors import JpeftError
 from train import batches, session, sources
-from train.data import TaskData
+from train.data import TaskData, rows_of
 from train.evaluate import Evaluator, Score
 from train.session import Run
 from train.sources import Rows
@@ -64,7 +64,7 @@ def _task(run: Run, train: Rows | None, test: Rows) -> TaskData:
         said = "; ".join(f"{count} {what}" for what, count in counts.items()) or "there are none"
         raise JpeftError(f"{test.name}: no rows are left to score: {said}")
     if train is None:  # whose completions are the choices of evaluation.answers=choose
-        train = sources.load(run.config.data)[0] if run.config.evaluation.answers == "choose" else test
+        train = rows_of(run.config.data, run.task)[0] if run.config.evaluation.answers == "choose" else test
     return TaskData(run.task, [], examples, train, test, {"held-out": counts})
 
 

@@ -51,6 +51,8 @@ def located(config: Config) -> Config:
     """`config` with its local paths made absolute, so that the run can be used from anywhere."""
     model = _absolute(config.model, "source", "tokenizer")
     data = _absolute(config.data, "source", "test_source")
+    if data.mix:
+        data = data.model_copy(update={"mix": {_located(source): weight for source, weight in data.mix.items()}})
     output = config.output.model_copy(update={"folder": str(Path(config.output.folder).expanduser())})
     return config.model_copy(update={"model": model, "data": data, "output": output})
 
@@ -58,12 +60,15 @@ def located(config: Config) -> Config:
 def _absolute(section: Any, *keys: str) -> Any:
     """`section` with the paths under `keys` absolute where something is there; other sources stay as they are."""
     given = {key: getattr(section, key) for key in keys}
-    paths = {
-        key: Path(value).expanduser()
-        for key, value in given.items()
-        if value is not None and not value.startswith(packages.PREFIX)
-    }
-    return section.model_copy(update={key: str(path.absolute()) for key, path in paths.items() if path.exists()})
+    return section.model_copy(update={key: _located(value) for key, value in given.items() if value is not None})
+
+
+def _located(source: str) -> str:
+    """`source` as an absolute path if it is one that exists."""
+    if source.startswith(packages.PREFIX):
+        return source
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
 
 
 def base_model(config: Config, mesh: Mesh | None = None, rules: Rules | None = None) -> Any:

@@ -29,11 +29,15 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A table of rows. dataset: a `datasets.Dataset`; place: where a row came from, `data.csv, line 12`."""
+    """A table of rows. dataset: a `datasets.Dataset`; place: where a row came from, `data.csv, line 12`.
+
+    origins: of rows that are mixed, the number of the source of each, [N].
+    """
 
     dataset: Any
     place: Callable[[int], str]
     name: str
+    origins: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -42,7 +46,8 @@ class Rows:
         """The rows at `indices`, in that order."""
         chosen = [int(index) for index in indices]
         place = self.place
-        return Rows(self.dataset.select(chosen), lambda index: place(chosen[index]), self.name)
+        origins = None if self.origins is None else self.origins[chosen]
+        return Rows(self.dataset.select(chosen), lambda index: place(chosen[index]), self.name, origins)
 
     def require(self, columns: Iterable[str]) -> None:
         """Raises JpeftError naming each missing column and the nearest ones there are."""
@@ -78,6 +83,51 @@ def load(data: DataConfig) -> tuple[Rows, Rows]:
     if data.test_limit is not None:
         test = test.select(range(min(data.test_limit, len(test))))
     return train, test
+
+
+def mixed(data: DataConfig, train: Rows, columns: Iterable[str]) -> Rows:
+    """`train` and behind it the rows of the sources in `data.mix`, with `columns` alone.
+
+    Raises JpeftError if a source is there twice, lacks a column, or has values of another kind in it.
+    """
+    import datasets
+
+    if not data.mix:
+        return train
+    columns, parts, seen = list(dict.fromkeys(columns)), [train], {"data.source": data.source}
+    if data.test_source is not None:
+        seen["data.test_source"] = data.test_source
+    for source in data.mix:
+        twice = next((key for key, other in seen.items() if _same(source, other)), None)
+        if twice is not None:
+            raise JpeftError(f"data.mix: {source} is {twice} already; give another source, or leave it out")
+        seen[f"{source} in data.mix"] = source
+        parts.append(read(source))
+    for part in parts:
+        part.require(columns)
+    tables = [part.dataset.select_columns(columns) for part in parts]
+    for part, table in zip(parts, tables, strict=True):
+        for column in columns:
+            kind, first = table.features[column], tables[0].features[column]
+            if kind != first:
+                raise JpeftError(
+                    f"{part.name}: column {column!r} is {_feature(kind)}, in {train.name} {_feature(first)}; write it "
+                    "alike"
+                )
+    ends = np.cumsum([len(part) for part in parts])
+
+    def place(index: int) -> str:
+        at = int(np.searchsorted(ends, index, side="right"))
+        return parts[at].place(index - int(ends[at]) + len(parts[at]))
+
+    origins = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    names = " + ".join(part.name for part in parts)
+    return Rows(datasets.concatenate_datasets(tables), place, names, origins)
+
+
+def _feature(feature: Any) -> str:
+    """The type of a column in a few words."""
+    return str(getattr(feature, "dtype", feature))
 
 
 def expanded(source: str) -> str:

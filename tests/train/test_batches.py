@@ -30,6 +30,27 @@ def test_every_row_once_an_epoch_and_the_order_is_a_function_of_seed_and_epoch(s
     assert batches.plan(lengths, buckets, size, 0, 0) != batches.plan(lengths, buckets, size, 1, 0)
 
 
+def test_a_mixture_gives_every_row_its_turn_at_its_weight() -> None:
+    parts, weights = (10, 7, 4), (0.5, 0.8)  # 5 of 7 and 8 of 4 rows an epoch
+    assert batches.shares(parts, weights) == [10, 5, 8]
+    epochs = [batches.mixture(parts, weights, 3, epoch) for epoch in range(7)]
+    for epoch, rows in enumerate(epochs):
+        assert sorted(rows[:10]) == list(range(10))
+        assert set(rows[10:15]) <= set(range(10, 17))
+        assert sorted(rows[15:]) == sorted([*range(17, 21), *range(17, 21)])
+        assert np.array_equal(rows, batches.mixture(parts, weights, 3, epoch))
+    # After seven epochs each row of the second part had five turns, and at no time one had two more than another.
+    counts = np.zeros(7, int)
+    for row in np.concatenate([rows[10:15] for rows in epochs]):
+        counts[row - 10] += 1
+        assert counts.max() - counts.min() <= 1
+    assert counts.tolist() == [5] * 7
+    assert not np.array_equal(epochs[0], batches.mixture(parts, weights, 4, 0))
+    plan = batches.plan([4] * 21, (8,), 4, 3, 1, epochs[1])
+    assert sorted(row for window in plan for row in window.rows) == sorted(epochs[1])
+    assert len(plan) == 6
+
+
 def test_few_shapes() -> None:
     lengths = list(range(1, 500))
     buckets = batches.edges(lengths)

@@ -171,6 +171,9 @@ def test_one_rule_for_files_and_overrides(config_file: Callable[..., Path], over
         ("  targets: [q_proj]", "  targets: &a [q_proj]\n  exclude: *a", ["alias *a"]),
         ("  rank: 4", "  rank: !!int 4", ["tag"]),
         ("  rank: 4", "  rank: [4", ["not valid YAML"]),
+        ("  text: text", "  text: text\n  mix: {a.jsonl: 0}", ["line 10: data.mix: 0.0 must be greater than 0"]),
+        ("  text: text", "  text: text\n  mix: {a.jsonl: half}", ["data.mix: item 'a.jsonl': 'half' is not a number"]),
+        ("  text: text", "  text: text\n  mix: a.jsonl", ["data.mix: 'a.jsonl' is not a mapping"]),
     ],
 )
 def test_faults(config_file: Callable[..., Path], old: str, new: str, said: list[str]) -> None:

@@ -89,6 +89,35 @@ def test_csv_with_an_index_and_long_fields(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
+def test_sources_are_mixed_with_their_places(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    one = jsonl([{"text": f"the {n}", "label": "ab"[n % 2]} for n in range(6)], "one.jsonl")
+    two = jsonl([{"label": "c", "id": n, "text": f"red {n}"} for n in range(3)], "two.jsonl")
+    task = prepared(source=str(one), mix={str(two): 0.5}, text="text", label="label", test_size=2)
+    assert task.kind.labels == ("a", "b", "c")
+    assert task.parts == (4, 3)
+    assert len(task.test) == 2
+    assert {row["label"] for row in task.test_rows.dataset} <= {"a", "b"}
+    assert [task.train_rows.place(example.row) for example in task.train[4:]] == [f"{two}, line {n}" for n in (1, 2, 3)]
+    assert [example.label for example in task.train[4:]] == [2] * 3
+
+    # Texts of several sources are not packed into one row.
+    plain = {"source": str(one), "mix": {str(two): 1.0}, "text": "text", "test_size": 2}
+    packed = prepared(**plain, packing=True, max_length=64)
+    assert len(packed.train) == 2
+    assert packed.parts == (1, 1)
+
+    (tmp_path / "two.csv").write_text("text,number\na,1\n")
+    bad = jsonl([{"text": 1, "label": "a"}], "bad.jsonl")
+    for mix, said in (
+        ({str(tmp_path / "two.csv"): 1.0}, r"two\.csv: no column 'label' .nearest: "),
+        ({str(bad): 1.0}, r"bad\.jsonl: column 'text' is int64, in .*one\.jsonl string; write it alike"),
+        ({str(one): 1.0}, r"data\.mix: .*one\.jsonl is data\.source already"),
+        ({str(tmp_path / "x.jsonl"): 1.0}, r"x\.jsonl: no such file"),
+    ):
+        with pytest.raises(JpeftError, match=said):
+            prepared(**{**plain, "label": "label", "mix": mix})
+
+
 def test_the_home_folder_is_put_in(tmp_path: Path, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     jsonl([{"text": "a"}] * 4)

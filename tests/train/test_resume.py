@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -231,6 +232,27 @@ def test_what_a_run_cannot_go_on_with(config: Path, tmp_path: Path) -> None:
     whole = train(config, [*rest, f"output.folder={tmp_path / 'whole'}"], quiet())
     assert result.losses == whole.losses
     same(run, tmp_path / "whole")
+
+
+def test_a_mixture_goes_on_within_and_between_epochs(config: Path, tmp_path: Path, jsonl: Callable[..., Path]) -> None:
+    """8 rows and 4 of 7 others make an epoch of 4 steps of 3 rows; the run is stopped after 4 steps and after 6."""
+    rows = jsonl([{"text": f"the {c} is", "answer": c} for c in ("red", "green", "blue") * 3], "few.jsonl")
+    more = jsonl(
+        [{"text": f"{c} what", "answer": c, "from": 1} for c in ("red", "blue", "blue", "green") * 2][:7], "more.jsonl"
+    )
+    mixed = [f"data.source={rows}", f"data.mix={{{more}: 0.5}}", "data.test_size=1"]
+    mixed += ["training.epochs=4", "training.batch_size=3", "training.accumulation=1"]
+    stopped_at(config, 5, *mixed)
+    stopped_at(config, 7, *mixed)
+    console = Console(record=True, width=300, file=io.StringIO())
+    rest = [*mixed, "checkpoints.every=2", "training.max_steps=8"]
+    train(config, rest, Display(console))
+    said = console.export_text()
+    assert "resumed   after step 6 of 8" in said
+    assert f"mixture   12 rows in an epoch: 8 of {rows}, 4 of {more}" in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed"] == [4, 6]
+    train(config, [*rest, f"output.folder={tmp_path / 'whole'}"], quiet())
+    same(tmp_path / "run", tmp_path / "whole")
 
 
 def damage(checkpoint: Path) -> None:
