@@ -26,7 +26,7 @@ from train.compare.config import load
 from train.compare.measure import Costs
 from train.compare.page import plots
 from train.compare.pareto import Point, front, plot
-from train.compare.run import compare
+from train.compare.run import _notes, compare
 from train.compare.table import Entry
 from train.compare.trials import Trial
 from train.display import Display
@@ -158,6 +158,10 @@ def test_rates_are_chosen_by_training_rows(
     final = trials.final(comparison, {"b": 1e-2}, materials, quiet())
     assert [(trial.rate, trial.seed) for trial in final] == [(1e-2, 4), (1e-2, 5)]
     assert seen[-1] is materials
+    said = " ".join(_notes(comparison, materials, {"a": 1e-3, "b": 1e-2}, final))
+    assert (
+        "The lowest rate was best for a, so one beyond it may be better still. The highest rate was best for b" in said
+    )
     with pytest.raises(JpeftError, match="validation_size: 48 of the 48 training rows"):
         materials.validating(48)
 

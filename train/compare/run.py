@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jpeft.errors import JpeftError
@@ -44,7 +44,7 @@ def compare(path: Path, overrides: Sequence[str] = (), display: Display | None =
     rates = trials.chosen(comparison, tried)
     ran = trials.final(comparison, rates, materials, display)
     entries = table.ordered([_entry(comparison, label, rates, tried, ran, materials) for label in comparison.methods])
-    notes = _notes(comparison, materials, ran)
+    notes = _notes(comparison, materials, rates, ran)
     if overrides:
         notes.append(f"Set on the command line: {' '.join(overrides)}.")
     _write(comparison, entries, tried, notes, path)
@@ -59,7 +59,7 @@ def compare(path: Path, overrides: Sequence[str] = (), display: Display | None =
 def _entry(
     comparison: Comparison,
     label: str,
-    rates: dict[str, float],
+    rates: Mapping[str, float],
     tried: Sequence[Trial],
     ran: Sequence[Trial],
     materials: Materials,
@@ -77,7 +77,7 @@ def _entry(
     return Entry(label, methods_of(config), rates.get(label), mine, costs, message)
 
 
-def _notes(comparison: Comparison, materials: Materials, ran: Sequence[Trial]) -> list[str]:
+def _notes(comparison: Comparison, materials: Materials, rates: Mapping[str, float], ran: Sequence[Trial]) -> list[str]:
     """How it was made, in sentences that hold for this comparison."""
     grid, machine = comparison.grid, summary.machine()
     seeds = ", ".join(map(str, grid.seeds))
@@ -94,6 +94,11 @@ def _notes(comparison: Comparison, materials: Materials, ran: Sequence[Trial]) -
             f"that is best on validation rows, which are a part of the training rows (validation_size "
             f"{grid.validation_size:g}), with seed {grid.seeds[0]}; the held-out rows had no say in it."
         )
+        ends = min(grid.learning_rates), max(grid.learning_rates)
+        for end, name in zip(ends, ("lowest", "highest"), strict=True):
+            there = [label for label, rate in rates.items() if rate == end]
+            if there:
+                notes[-1] += f" The {name} rate was best for {', '.join(there)}, so one beyond it may be better still."
     else:
         notes.append(f"Every method has the learning rate {grid.learning_rates[0]:g}; none was searched for.")
     notes.append(
