@@ -6,6 +6,7 @@ Models are tiny and random; sizes are chosen odd and unlike one another, so that
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -366,7 +367,14 @@ VARIANTS: dict[str, Entry] = {
 }
 
 ENTRIES = {**METHODS, **VARIANTS}
-PAIRS = [(model, name) for name, entry in ENTRIES.items() for model in entry.models]
+# How NNX holds a module decides nothing about how a method meets a model: in tree mode each method has one model, and
+# LoRA all of them.
+_TREE = os.environ.get("NNX_GRAPH_MODE", "").lower() == "false"
+PAIRS = [
+    (model, name)
+    for name, entry in ENTRIES.items()
+    for model in (entry.models[:1] if _TREE and name != "lora" else entry.models)
+]
 # LoRA on every model, the others where layers are a rematerialised stack and on one whole family.
 DEEP = [(model, name) for model, name in PAIRS if name == "lora" or model in ("user-stack-remat", "llama")]
 
