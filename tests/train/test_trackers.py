@@ -14,8 +14,8 @@ import pytest
 
 from jpeft import JpeftError
 from train import trackers
+from train.optimizers import optimizer, rates
 from train.schema import Config, DataConfig, ModelConfig, OutputConfig, TrainingConfig
-from train.step import optimizer, rates
 
 
 def config(**output: Any) -> Config:
@@ -151,7 +151,7 @@ def test_the_rates_logged_are_those_the_optimizer_uses(name: Any) -> None:
     )  # type: ignore[call-arg]
     labels = {"x/lora/a": "lora_a", "head/kernel": "head"}
     logged = rates(training, 5, labels)
-    transform = optimizer(training, 5, labels)
+    transform = optimizer(training, 5, labels, dict.fromkeys(labels, True))
     arrays = {key: np.zeros(1, np.float32) for key in labels}
     state = transform.init(arrays)
     for number in range(5):
