@@ -17,7 +17,7 @@ import pydantic
 import yaml
 
 from jpeft.errors import JpeftError, nearest
-from train import schema
+from train import schema, starts
 from train import strict_yaml as sy
 from train.convert import convert_keys, missing
 from train.other_names import OTHERS
@@ -91,17 +91,12 @@ def difference(old: Config, new: Config) -> list[str]:
     ]
 
 
-def method_of(config: Config) -> Any:
-    """The method (or composition of methods) that the configuration names."""
-    import jpeft
+def methods_of(config: Config, encode: starts.Encode) -> list[Any]:
+    """The methods that the configuration names, in order. encode: from words of `init_text` to token ids."""
     from jpeft.methods import METHODS
 
     entries = config.method if isinstance(config.method, list) else [config.method]
-    made = []
-    for entry in entries:
-        settings = {("name" if key == "adapter_name" else key): value for key, value in entry.items() if key != "name"}
-        made.append(METHODS[entry["name"]](**settings))
-    return made[0] if len(made) == 1 else jpeft.compose(*made)
+    return [METHODS[entry["name"]](**starts.settings(entry, encode)) for entry in entries]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -277,7 +272,7 @@ def method_keys(kind: type) -> dict[str, Any]:
         hint = hints[field.name]
         hint = _OPEN[field.name] if hint is Any and field.name in _OPEN else hint
         made["adapter_name" if field.name == "name" else field.name] = hint
-    return made
+    return made | {key: hint for key, (hint, *_) in starts.more_keys(kind).items()}
 
 
 def _one_method(node: Node, key: str, faults: Faults) -> dict[str, Any]:
@@ -300,7 +295,7 @@ def _one_method(node: Node, key: str, faults: Faults) -> dict[str, Any]:
     )
     if len(faults) == before:
         try:
-            kind(**{("name" if k == "adapter_name" else k): value for k, value in made.items() if k != "name"})
+            kind(**starts.settings(made, lambda text: [0] * bool(text.strip())))
         except (JpeftError, TypeError) as error:
             at = next((child for k, child in node.value.items() if f"{k}=" in str(error)), node)
             faults.append(Fault(at.where, key, str(error)))
@@ -368,6 +363,7 @@ def _together(config: Config, children: Mapping[str, Node]) -> Faults:
     for key, message in _task_faults(config):
         fault(key, message)
     faults += _group_faults(config, children)
+    faults += [Fault(children["method"].where, "method", said) for said in starts.faults(config)]
     if not faults:
         for key, message in _metric_faults(config):
             given = children["evaluation"].value

@@ -52,6 +52,13 @@ class Base:
                 self._model = made_of, session.base_model(config, self.mesh, self.rules)
         return self._model[1]
 
+    def unquantized(self, seed: int) -> Any:
+        """The model as it was before `model.base`, read anew."""
+        model = self._config.model.model_copy(update={"base": None})
+        training = self._config.training.model_copy(update={"seed": seed})
+        config = self._config.model_copy(update={"model": model, "training": training})
+        return session.base_model(config, self.mesh, self.rules)
+
 
 class Materials:
     """The parts of runs of `config` that neither method nor rates change.

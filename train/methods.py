@@ -46,6 +46,7 @@ def describe(name: str) -> tuple[str, list[tuple[str, str, str, str]]]:
     from jpeft.errors import JpeftError, nearest
     from jpeft.methods import METHODS
     from train.config import method_keys
+    from train.starts import more_keys
 
     if name not in METHODS:
         near = nearest(name, METHODS, 1)[0]
@@ -57,6 +58,9 @@ def describe(name: str) -> tuple[str, list[tuple[str, str, str, str]]]:
         key = "adapter_name" if field.name == "name" else field.name
         default = "required" if field.default is dataclasses.MISSING else _shown(field.default)
         rows.append((key, type_name(types[key]), default, said.get(field.name, "")))
+    rows += [
+        (key, type_name(hint), _shown(default), meaning) for key, (hint, default, meaning) in more_keys(kind).items()
+    ]
     return _first(kind), rows
 
 

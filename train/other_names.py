@@ -82,6 +82,8 @@ OTHERS: dict[str, Ours] = {
     "adapter": _renamed("method.name", {"qlora": "lora"}, "qlora is lora with model.base: nf4"),
     "peft_type": Ours("method.name"),
     "prompt_tuning_init": Ours("method.init"),
+    "prompt_tuning_init_text": Ours("method.init_text"),
+    "lora_model_dir": Ours("training.start_from"),
     **dict.fromkeys(
         ("modules_to_save", "lora_modules_to_save"),
         Ours(

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
 import jpeft
 from jpeft.checkpoint import fingerprint
 from train import config as configs
-from train import dry_run, session, summary, trackers
+from train import dry_run, session, starts, summary, trackers
 from train.data import TaskData
 from train.display import Display, size
 from train.ending import Ending, methods_of
@@ -130,10 +129,7 @@ def carry_out(
 
 def adapted(config: Config, materials: Materials) -> Any:
     """The model as a run of `config` begins with it: base, and the method as its seed makes it."""
-    seed, base = config.training.seed, materials.base
-    method, model, key = configs.method_of(config), base.model(seed), jax.random.key(seed)
-    # Some methods start from values of the base, which a plan does not have.
-    made = nnx.eval_shape(lambda model: method(model, rngs=key), model) if base.abstract else method(model, rngs=key)
+    base, made = materials.base, starts.adapted(config, materials)
     return made if base.mesh is None else jpeft.shard(made, base.mesh, base.rules)
 
 

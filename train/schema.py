@@ -108,6 +108,11 @@ class TrainingConfig(Section):
     head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="peak learning rate of a new head; default: learning_rate"
     )
+    start_from: str | None = Field(
+        None,
+        description="folder of a finished run of the same method, whose arrays are the initial values; its head too "
+        "where the labels are the same",
+    )
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"] = Field(
         "adamw", description="the rule; adamw8bit keeps its moments in 8 bits, muon is for matrices, adamw for the rest"
     )

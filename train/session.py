@@ -45,6 +45,9 @@ def check_sources(config: Config) -> None:
         local = path.count("/") > 1 or path.startswith((".", "/", "~")) or path.endswith(".gguf")
         if local and not Path(path).exists():
             raise JpeftError(f"model.{key}: {source} does not exist (a hub id would be owner/name)")
+    begun = config.training.start_from
+    if begun is not None and not ((Path(begun) / CONFIG).is_file() and (Path(begun) / ADAPTER).exists()):
+        raise JpeftError(f"training.start_from: {begun} is no finished run; give the output.folder of a jpeft train")
 
 
 def located(config: Config) -> Config:
@@ -53,8 +56,9 @@ def located(config: Config) -> Config:
     data = _absolute(config.data, "source", "test_source")
     if data.mix:
         data = data.model_copy(update={"mix": {_located(source): weight for source, weight in data.mix.items()}})
+    training = _absolute(config.training, "start_from")
     output = config.output.model_copy(update={"folder": str(Path(config.output.folder).expanduser())})
-    return config.model_copy(update={"model": model, "data": data, "output": output})
+    return config.model_copy(update={"model": model, "data": data, "training": training, "output": output})
 
 
 def _absolute(section: Any, *keys: str) -> Any:

@@ -49,7 +49,8 @@ class LoRA(Targeted):
     use_rslora: whether the scale is alpha / sqrt(rank) instead of alpha / rank.
     init: how A and B start, one of `jpeft.methods.starts.INITS`: "kaiming" (as in the paper's code), "gaussian",
         "orthogonal" (even ranks), "pissa" and "olora" (from the weight; the model still starts as the base), "loftq"
-        and "eva" (through the functions `jpeft.loftq` and `jpeft.eva`, which are given what these need).
+        and "eva" (through the functions `jpeft.loftq` and `jpeft.eva`, which are given what these need, as `jpeft
+        train` does).
     dtype: of A and B; they are cast to the base's output dtype where they are used.
     name: under which the variables are keyed: `<module path>/<name>/a` and `/b`.
 

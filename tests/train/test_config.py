@@ -322,7 +322,7 @@ def test_resolved_configuration_reads_back(config_file: Callable[..., Path], tmp
     assert made.data.labels == ["on", "1", "1e3", "~x", "null"]
     config.save(made, tmp_path / "saved.yaml")
     assert config.load(tmp_path / "saved.yaml") == made
-    assert config.method_of(made).layers == (0, 1, 2, 3)
+    assert config.methods_of(made, list)[0].layers == (0, 1, 2, 3)
 
 
 def test_difference(config_file: Callable[..., Path]) -> None:
@@ -337,7 +337,7 @@ def test_methods_compose(config_file: Callable[..., Path]) -> None:
     head, _, tail = GOOD.partition("method:")
     rest = tail[tail.index("data:") :]
     made = config.load(config_file(f"{head}method:\n  - {one}\n  - {other}\n{rest}"))
-    assert [part.name for part in config.method_of(made).methods] == ["lora", "second"]
+    assert [part.name for part in config.methods_of(made, list)] == ["lora", "second"]
     with pytest.raises(JpeftError, match=r"method\[1\]\.rnk"):
         config.load(config_file(f"{head}method:\n  - {one}\n  - {{name: lora, rnk: 2}}\n{rest}"))
 
