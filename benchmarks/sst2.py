@@ -82,7 +82,7 @@ def peft_run(config: Any, materials: Materials) -> tuple[float, float]:
     seconds = []
     net.train()
     for number, window in enumerate(plan.windows):
-        batch = {name: torch.as_tensor(np.asarray(array)) for name, array in plan.feed(window, plan.per_step).items()}
+        batch = {name: torch.as_tensor(np.asarray(array[0])) for name, array in plan.batch(window).items()}
         begun = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factors[number]

@@ -66,14 +66,21 @@ def mixture(parts: Sequence[int], weights: Sequence[float], seed: int, epoch: in
 
 
 def plan(
-    lengths: Sequence[int], buckets: Sequence[int], size: int, seed: int, epoch: int, rows: np.ndarray | None = None
+    lengths: Sequence[int],
+    buckets: Sequence[int],
+    size: int,
+    seed: int,
+    epoch: int,
+    rows: np.ndarray | None = None,
+    *,
+    chunk: int | None = None,
 ) -> list[Window]:
     """The windows of `size` rows of an epoch, in order; one of them may be smaller.
 
-    rows: those of the epoch, default all. Rows left over in a bucket move up to the next longer one, so every row is
-    used once.
+    rows: those of the epoch, default all. chunk: the part of the epoch that they are, if it is cut in several. Rows
+    left over in a bucket move up to the next longer one, so every row is used once.
     """
-    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    generator = np.random.Generator(np.random.PCG64([seed, epoch] if chunk is None else [seed, epoch, chunk]))
     order = generator.permutation(len(lengths) if rows is None else rows)
     where = np.searchsorted(np.asarray(buckets), np.asarray(lengths)[order])
     windows: list[Window] = []
@@ -125,17 +132,26 @@ class Batches:
     """Makes the arrays of a set's batches: what the model reads, and what `task` is to learn of it.
 
     Rows that fill up a batch weigh nothing and have nothing to learn: in targets they are zeros, labels `IGNORED`.
-    seed: of what is drawn for the rows anew in each epoch; without one it is the same in all.
+    seed: of what is drawn for the rows anew in each epoch; without one it is the same in all. chunk: of a stream, in
+    which these are the examples. width: see `Task.width`.
     """
 
-    def __init__(self, task: Task | type[Task], examples: Sequence[Example], seed: int | None = None):
-        self._task, self._examples, self._seed = task, examples, seed
-        self._width = task.width(examples)
+    def __init__(
+        self,
+        task: Task | type[Task],
+        examples: Sequence[Example],
+        seed: int | None = None,
+        *,
+        chunk: int = 0,
+        width: int | None = None,
+    ):
+        self._task, self._examples, self._seed, self._chunk = task, examples, seed, chunk
+        self.width = task.width(examples) if width is None else width
 
     def __call__(self, window: Window, rows: int) -> dict[str, np.ndarray]:
         """A batch of `rows` rows, of which the window's come first; arrays [B, ...]."""
         chosen = [self._example(row, window.epoch) for row in window.rows]
-        made = self._task.targets(chosen, window.length, self._width)
+        made = self._task.targets(chosen, window.length, self.width)
         empty = rows - len(chosen)
         filled = {
             name: np.pad(
@@ -153,6 +169,7 @@ class Batches:
             return example
         # Seeds of runs are smaller, so no run trains on the masks that it is scored by.
         key = [2**31, 0, row] if self._seed is None else [self._seed, epoch, row]
+        key += [self._chunk] if self._chunk else []
         return self._task.drawn(example, np.random.Generator(np.random.PCG64(key)))
 
 

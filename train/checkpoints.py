@@ -113,7 +113,7 @@ class Checkpoints:
         arrays = jax.tree.map(jnp.copy, {name: part for name, part in state.arrays().items() if part})
         try:
             self._pending = self._orbax.save_checkpointables_async(
-                step, {_PART: arrays}, force=True, custom_metadata=state.notes
+                step, {_PART: arrays}, force=True, custom_metadata=dict(state.notes)
             )
         except (OSError, ValueError) as error:
             raise self._cannot_write(error) from error

@@ -373,9 +373,26 @@ def _together(config: Config, children: Mapping[str, Node]) -> Faults:
         fault("label", "required: model.pooling is for classification")
     if sum(value is not None for value in (data.test_source, data.test_split)) and data.test_size is not None:
         fault("test_size", "does not go with test_source or test_split")
+    for key, message in _streaming_faults(config):
+        fault(key, message)
     if data.test_size is not None and data.test_size >= 1 and not float(data.test_size).is_integer():
         fault("test_size", f"{data.test_size} is neither a number of rows nor a fraction below 1")
     return faults
+
+
+def _streaming_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """(key of `data:`, what is wrong) where rows that are read as the run goes on do not allow a key."""
+    data, training = config.data, config.training
+    if not data.streaming:
+        if data.chunk != type(data).model_fields["chunk"].default:
+            yield "chunk", "is for data.streaming; leave it out, or set data.streaming: true"
+        return
+    if training.max_steps is None or training.epochs is not None:
+        yield "streaming", "needs training.max_steps, and no training.epochs: how many rows there are is not known"
+    if data.test_source is None and data.test_split is None and (data.test_size is None or data.test_size < 1):
+        yield "streaming", "needs data.test_source, data.test_split, or a number of rows as data.test_size"
+    if data.mix:
+        yield "mix", "does not go with data.streaming, whose rows come from one source"
 
 
 def _metric_faults(config: Config) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from train import sources
 from train.examples import Example, Reader
 from train.schema import DataConfig
 from train.sources import Rows
+from train.streams import Stream, Streamed
 from train.tasks import Task, check_columns, task_of
 
 
@@ -25,7 +26,7 @@ class TaskData:
     """What a run trains on and is scored by.
 
     kind: the task, with its labels. counts: what was cut or left out, by set. parts: how many of `train` are of each
-    source, in order, if `data.mix` names several.
+    source, in order, if `data.mix` names several. stream: where `train` is only what was read first.
     """
 
     kind: Task
@@ -35,6 +36,7 @@ class TaskData:
     test_rows: Rows
     counts: dict[str, Counter[str]]
     parts: tuple[int, ...] = ()
+    stream: Streamed | None = None
 
     @functools.cached_property
     def asked(self) -> list[str]:
@@ -69,6 +71,11 @@ def read(data: DataConfig, head: str | None = None) -> tuple[DataConfig, Rows, R
     train, test = rows_of(data, task)
     for rows in (train, test):
         check_columns(task, rows)
+    if data.streaming and "labels" in task.settings and data.labels is None and not _names_labels(data, train):
+        raise JpeftError(
+            f"data.labels: the labels of {data.source} cannot be found in rows that are not read yet; give them all, "
+            "data.labels=[...], or leave data.streaming out"
+        )
     labels = task.find_labels(train)
     if labels:
         data = data.model_copy(update={"labels": list(labels)})
@@ -78,8 +85,18 @@ def read(data: DataConfig, head: str | None = None) -> tuple[DataConfig, Rows, R
     return data, train, test
 
 
+def _names_labels(data: DataConfig, rows: Rows) -> bool:
+    """Whether the label's column says itself which labels there are."""
+    feature = rows.dataset.features[str(data.label or data.tags)]
+    return bool(getattr(getattr(feature, "feature", feature), "names", None))
+
+
 def rows_of(data: DataConfig, task: Task) -> tuple[Rows, Rows]:
     """(training rows of all sources, held-out rows of `data.source`), not checked beyond what it takes to mix them."""
+    if data.streaming:
+        stream = Stream(data)
+        test = sources.held_out(data)
+        return stream.first(), sources.limited(data, stream.held_out() if test is None else test)
     train, test = sources.load(data)
     return sources.mixed(data, train, [name for names in task.columns().values() for name in names]), test
 
@@ -92,8 +109,12 @@ def prepare(task: Task, train: Rows, test: Rows, tokenizer: Any, max_length: int
     counts: dict[str, Counter[str]] = {}
     made: dict[str, list[Example]] = {}
     parts: list[int] = []
+
+    def new_reader() -> Reader:
+        return Reader(tokenizer, max_length, types=types)
+
     for name, rows in (("training", train), ("held-out", test)):
-        reader = Reader(tokenizer, max_length, types=types)
+        reader = new_reader()
         if rows.origins is None:
             made[name] = task.examples(rows, reader)
         else:
@@ -104,7 +125,8 @@ def prepare(task: Task, train: Rows, test: Rows, tokenizer: Any, max_length: int
         if not made[name] or 0 in parts:
             said = "; ".join(f"{count} {what}" for what, count in counts[name].items()) or "there are none"
             raise JpeftError(f"{rows.name}: no {name} rows are left: {said}")
-    return TaskData(task, made["training"], made["held-out"], train, test, counts, tuple(parts))
+    stream = None if train.stream is None else Streamed(train.stream, task, new_reader)
+    return TaskData(task, made["training"], made["held-out"], train, test, counts, tuple(parts), stream)
 
 
 def _examples_of(task: Task, rows: Rows, origin: int, reader: Reader) -> list[Example]:

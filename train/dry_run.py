@@ -40,9 +40,12 @@ def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None
     step: Any = make_step(graphdef, kind, plan.transform, layouts)
     key = jax.eval_shape(lambda: jax.random.key(0))
     number = jax.ShapeDtypeStruct((), jnp.int32)
+    # Of a stream, the rows that are read first stand for all.
     counts = Counter(window.length for window in plan.windows)
-    work = 0
-    for length in plan.shapes:
+    part = plan.steps / len(plan.windows)
+    about = "" if part == 1 else "about "
+    work = 0.0
+    for length in sorted(counts):
         window = next(window for window in plan.windows if window.length == length)
         rows = None if mesh is None else placing.rows_along(mesh, 1)
         batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows) for name, a in plan.batch(window).items()}
@@ -51,15 +54,15 @@ def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None
         compiled = traced.lower().compile()
         took = time.monotonic() - begun
         products = flops(traced.jaxpr.jaxpr)
-        work += products * counts[length]
+        work += products * counts[length] * part
         temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
         whole = sum(sizes.values()) + (temporary or 0)
         peak = "" if temporary is None else f", {size(temporary)} of temporaries, {size(whole)} in all"
         display.say(
-            f"step      {counts[length]} of {length} tokens a row: {_count(products)}FLOP{peak} "
+            f"step      {about}{round(counts[length] * part)} of {length} tokens a row: {_count(products)}FLOP{peak} "
             f"(compiled in {clock(took)})"
         )
-    display.say(f"run       {_count(work)}FLOP in {plan.steps} steps, without evaluations")
+    display.say(f"run       {about}{_count(work)}FLOP in {plan.steps} steps, without evaluations")
     files = [sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in saved]
     display.say(f"files     the adapter takes {size(files[0])}, a checkpoint {size(files[1])}")
     display.say(

@@ -46,10 +46,12 @@ class Ending:
 
     def _facts(self) -> dict[str, Any]:
         """What is known of the run before its first step."""
-        plan = self.plan
+        plan, rows = self.plan, {"held out": len(self.task.test_rows)}
+        if self.task.stream is None:
+            rows = {"to train on": len(self.task.train_rows), **rows}
         return {
             "method": methods_of(self.config),
-            "rows": {"to train on": len(self.task.train_rows), "held out": len(self.task.test_rows)},
+            "rows": rows,
             "steps": self.steps,
             "shapes": list(self.shapes),
             "parameters": {

@@ -61,6 +61,11 @@ class Evaluator:
         if isinstance(task.kind, Completion):
             self._writer = task.kind
             self._answer_tokens = 1 + max(map(self._writer.learnt, task.test))
+        if self.answers == "choose" and task.stream is not None:
+            raise JpeftError(
+                "evaluation.answers: choose scores every completion of the training rows, which data.streaming "
+                "reads later; use generate"
+            )
         self._choices = self._writer.choices(task.train_rows) if self.answers == "choose" else ()
         if len(self._choices) > _MOST_CHOICES:
             raise JpeftError(

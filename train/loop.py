@@ -8,10 +8,12 @@ the numbers of the step before are fetched. A checkpoint after step N is written
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,6 +37,7 @@ from train.plan import Plan
 from train.schema import Config
 from train.step import make_step
 from train.stopping import Stopped, Stopping
+from train.streams import StreamedWindow
 from train.trackers import Trackers
 
 # Metrics that are known without what the model writes.
@@ -145,17 +148,19 @@ class Loop:
             self._evaluate_if_due(log)
         step = make_step(self.graphdef, self.task.kind, self.plan.transform, self.layouts)
         key = jax.random.fold_in(jax.random.key(self.config.training.seed), 1)
-        coming = Ahead(self._batch, self.plan.windows[self.done :])
+        coming = Ahead(self._batch, self.plan.windows_from(self.done, self.state.notes.get("at", (0, 0, 0))))
         with self.display.progress(self.plan.steps) as meter:
             clockwork.meter = meter
             try:
-                for window, batch in coming:
+                for window, batch in self._fed(coming, clockwork, saved):
                     with stopping.held():
                         arguments = (self.buffers, self.frozen, batch, key, jnp.int32(self.done))
                         clockwork.dispatching(window, coming.waited)
                         adapter, optimizer_state, found = step(self.state.adapter, self.state.optimizer, *arguments)
                         self.state = dataclasses.replace(self.state, adapter=adapter, optimizer=optimizer_state)
                         self.done += 1
+                        if isinstance(window, StreamedWindow):
+                            self.state.notes["at"] = window.behind
                         clockwork.dispatched(Step(self.done, window, found))
                         pause = self.done % self.plan.every == 0 or saved.due(self.done) or self.done == self.plan.steps
                         self._checked(clockwork, saved, 0 if pause else 1)
@@ -165,6 +170,25 @@ class Loop:
             except Stopped:
                 self._checked(clockwork, saved, 0)
                 raise
+        if self.task.stream is not None:
+            for what, count in self.task.stream.counts.items():
+                self.display.say(f"warning   training, behind the first rows: {count} {what}")
+
+    def _fed(
+        self, coming: Ahead[Window, dict[str, jax.Array]], clockwork: Clockwork, saved: Checkpoints
+    ) -> Iterator[tuple[Window, dict[str, jax.Array]]]:
+        """What is coming. A fault in rows that were read only now is raised when the steps before are saved."""
+        try:
+            yield from coming
+        except JpeftError as error:
+            self._checked(clockwork, saved, 0)
+            if not self.done:
+                raise
+            self._save(saved)
+            raise JpeftError(
+                f"{error}. The checkpoint of step {self.done} is saved: mend the rows, and the same command goes on "
+                "from there"
+            ) from None
 
     def _pause(self, log: Trackers, saved: Checkpoints, stopping: Stopping) -> None:
         """What happens between two steps now and then."""
@@ -183,7 +207,7 @@ class Loop:
             return
         number, window, words = fault
         saved.wait()
-        rows = [self.task.train_rows.place(self.task.train[row].row) for row in window.rows[:5]]
+        rows = itertools.islice(self.plan.places(window), 5)
         kept = (
             f"the checkpoint of step {saved.latest} stays" if saved.latest is not None else "there is no checkpoint yet"
         )
@@ -320,7 +344,7 @@ class Clockwork:
     def _record(self, step: Step, metrics: dict[str, float]) -> None:
         loop, now = self._loop, time.monotonic()
         self._busy, self._since = self._busy + now - self._since, now
-        self._tokens += int(sum(loop.plan.lengths[row] for row in step.window.rows))
+        self._tokens += sum(len(example) for example in loop.plan.examples(step.window))
         rate = self._tokens / max(self._busy, 1e-9)
         learning = {"learning_rate": {group: float(rates[step.number - 1]) for group, rates in loop.plan.rates.items()}}
         speed = {"tokens": self._tokens, "tokens_per_second": round(rate, 1), "seconds": round(self._busy, 3)}

@@ -5,30 +5,38 @@ Made from shapes alone, so a model without arrays has a plan as well.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jpeft
 from train import batches
 from train.data import TaskData
+from train.examples import Example
 from train.optimizers import matrices, optimizer, rates
 from train.schema import Config, TrainingConfig
+from train.streams import StreamedWindow
 
 
 class Plan:
     """The steps of a run of `config` over `task`, for the adapted `model`.
 
     lengths: tokens of each training row. per_step: rows of an optimizer step. per_epoch: steps of a pass over the rows.
-    steps: in all. every: steps between evaluations. windows: the rows of each step. rates: the learning rate of each
-    group by step. transform: the optimizer, with what the methods do to it. feed: makes a window's arrays.
+    steps: in all. every: steps between evaluations. windows: the rows of each step; of a stream, those that are known
+    before it is read. rates: the learning rate of each
+    group by step. transform: the optimizer, with what the methods do to it.
     """
 
     def __init__(self, config: Config, model: Any, task: TaskData):
         training = config.training
         adapter = jpeft.partition(model).adapter
+        self._task, self._seed = task, training.seed
         self.lengths = [len(example) for example in task.train]
         self.buckets = batches.edges([*self.lengths, *map(len, task.test)])
+        self._widest = batches.rounded(config.data.max_length)
+        if task.stream is not None:  # longer rows may come
+            self.buckets = tuple(sorted({*self.buckets, self._widest}))
         self.accumulation = training.accumulation
         self.per_step = training.batch_size * training.accumulation
         weights = list((config.data.mix or {}).values())
@@ -38,7 +46,10 @@ class Plan:
         self.steps, self._short = steps_of(training, self.per_epoch)
         self.every = config.evaluation.every or self.per_epoch
         windows: list[batches.Window] = []
-        for epoch in range(math.ceil(self.steps / self.per_epoch)):
+        epochs = math.ceil(self.steps / self.per_epoch)
+        if task.stream is not None:
+            epochs, self.every = 1, config.evaluation.every or max(1, self.steps // 10)
+        for epoch in range(epochs):
             rows = batches.mixture(task.parts, weights, training.seed, epoch) if task.parts else None
             windows += batches.plan(self.lengths, self.buckets, self.per_step, training.seed, epoch, rows)
         self.windows = windows[: self.steps]
@@ -47,21 +58,48 @@ class Plan:
         self.rates = rates(training, self.steps, groups)
         plain = optimizer(training, self.steps, groups, matrices(model, groups))
         self.transform = jpeft.optimizer(model, plain, total_steps=self.steps)
-        self.feed = batches.Batches(task.kind, task.train, training.seed)
+        self._feed = batches.Batches(task.kind, task.train, training.seed)
 
     @property
     def shapes(self) -> list[int]:
         """The lengths that batches are padded to: one program each."""
+        if self._task.stream is not None:
+            return list(self.buckets)
         return sorted({window.length for window in self.windows})
+
+    def windows_from(self, done: int, at: Sequence[int]) -> Iterator[batches.Window]:
+        """The rows of each step after `done` of them. at: where a stream then is, [epoch, chunk, window]."""
+        if self._task.stream is None:
+            return iter(self.windows[done:])
+        windows = self._task.stream.windows(at, self.buckets, self.per_step, self._seed)
+        return itertools.islice(windows, self.steps - done)
+
+    def examples(self, window: batches.Window) -> list[Example]:
+        """The examples of a step."""
+        among = window.chunk.examples if isinstance(window, StreamedWindow) else self._task.train
+        return [among[row] for row in window.rows]
+
+    def places(self, window: batches.Window) -> Iterator[str]:
+        """Where the rows of a step come from."""
+        rows = window.chunk.rows if isinstance(window, StreamedWindow) else self._task.train_rows
+        return (rows.place(example.row) for example in self.examples(window))
 
     def batch(self, window: batches.Window) -> dict[str, Any]:
         """The arrays of a step, [A, B, ...]: A micro-batches of B rows."""
-        return batches.split(self.feed(window, self.per_step), self.accumulation)
+        feed = self._feed
+        if isinstance(window, StreamedWindow):
+            # As wide as the first rows take, unless one is wider: a program more, not one for each chunk.
+            kind, first = self._task.kind, feed.width
+            width = first if kind.width(self.examples(window)) <= first else self._widest
+            chunk = window.chunk
+            feed = batches.Batches(kind, chunk.examples, self._seed, chunk=chunk.number, width=width)
+        return batches.split(feed(window, self.per_step), self.accumulation)
 
     def sentence(self, evaluation_shapes: int | None = None) -> str:
         """The steps and shapes in a line; further ones for a mixture, and if the steps are fewer than `max_steps`."""
         lengths = ", ".join(map(str, self.shapes))
-        programs = f"{len(self.shapes)} program{'s' * (len(self.shapes) > 1)}"
+        most = "at most " if self._task.stream is not None else ""
+        programs = f"{most}{len(self.shapes)} program{'s' * (len(self.shapes) > 1)}"
         scored = "" if evaluation_shapes is None else f", {evaluation_shapes} for evaluation"
         return (
             f"steps     {self.steps} of {self.per_step} rows, padded to {lengths} tokens: {programs} "

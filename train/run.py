@@ -89,7 +89,9 @@ def carry_out(
             return _finished(folder, display)
     session.keep_compiled()
 
-    counted = f"{len(materials.train_rows):,} rows to train on, {len(materials.test_rows):,} held out"
+    streamed = materials.train_rows.stream is not None
+    many = f"rows in chunks of {config.data.chunk:,}" if streamed else f"{len(materials.train_rows):,} rows"
+    counted = f"{many} to train on, {len(materials.test_rows):,} held out"
     display.say(f"data      {counted}, from {config.data.source}")
     materials.base.tokenizer()  # one that is missing is said before weights are read
     model = adapted(config, materials)

@@ -85,6 +85,12 @@ class DataConfig(Section):
     packing: bool = Field(
         False, description="put several short texts into a row of max_length tokens; they do not see each other (text)"
     )
+    streaming: bool = Field(
+        False,
+        description="read and tokenise the training rows as the run goes on, for data larger than memory; needs "
+        "training.max_steps, and held-out rows from test_source, test_split, or a number of test_size at the front",
+    )
+    chunk: Positive = Field(10_000, description="streaming: rows that are read at a time and shuffled among themselves")
     max_length: Positive = Field(512, description="tokens per row; longer rows are cut (and counted)")
     limit: Positive | None = Field(None, description="train on this many rows only")
     test_limit: Positive | None = Field(None, description="evaluate on this many held-out rows only")

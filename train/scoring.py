@@ -37,7 +37,7 @@ def evaluate(
     session.keep_compiled()
     run = session.open_run(folder, adapted=adapted)
     data = run.config.data
-    train, test = (None, sources.read(source)) if source is not None else sources.load(data)
+    train, test = (None, sources.read(source)) if source is not None else rows_of(data, run.task)
     if limit is not None:
         test = test.select(range(min(limit, len(test))))
     check_columns(run.task, test)

@@ -13,15 +13,18 @@ import csv
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jpeft.errors import JpeftError, nearest
 from train import packages
 from train.schema import DataConfig
+
+if TYPE_CHECKING:
+    from train.streams import Stream
 
 _FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -31,13 +34,15 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Rows:
     """A table of rows. dataset: a `datasets.Dataset`; place: where a row came from, `data.csv, line 12`.
 
-    origins: of rows that are mixed, the number of the source of each, [N].
+    origins: of rows that are mixed, the number of the source of each, [N]. stream: where these are the first rows of,
+    if the others are read later.
     """
 
     dataset: Any
     place: Callable[[int], str]
     name: str
     origins: np.ndarray | None = None
+    stream: Stream | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -64,14 +69,11 @@ def load(data: DataConfig) -> tuple[Rows, Rows]:
 
     Raises JpeftError for keys that `data.source` has no use for and for held-out rows that are those to train on.
     """
-    _check_keys(data)
+    check_keys(data)
     train = read(data.source, data.subset, data.split)
-    generator = np.random.Generator(np.random.PCG64([data.seed, len(train)]))
-    order = generator.permutation(len(train))
-    if data.test_source is not None or data.test_split is not None:
-        test = read(data.test_source or data.source, data.subset, data.test_split or data.split)
-        test = test.select(np.random.Generator(np.random.PCG64([data.seed, len(test)])).permutation(len(test)))
-    else:
+    order = np.random.Generator(np.random.PCG64([data.seed, len(train)])).permutation(len(train))
+    test = held_out(data)
+    if test is None:
         size = 0.1 if data.test_size is None else data.test_size
         count = int(size) if size >= 1 else max(1, round(size * len(train)))
         if count >= len(train):
@@ -79,10 +81,20 @@ def load(data: DataConfig) -> tuple[Rows, Rows]:
                 f"data.test_size: {count} of the {len(train)} rows of {train.name} leave none to train on; give fewer"
             )
         test, order = train.select(order[:count]), order[count:]
-    train = train.select(order[: data.limit])
-    if data.test_limit is not None:
-        test = test.select(range(min(data.test_limit, len(test))))
-    return train, test
+    return train.select(order[: data.limit]), limited(data, test)
+
+
+def held_out(data: DataConfig) -> Rows | None:
+    """The rows of `data.test_source` or `data.test_split` in the order of `data.seed`; None if neither is given."""
+    if data.test_source is None and data.test_split is None:
+        return None
+    test = read(data.test_source or data.source, data.subset, data.test_split or data.split)
+    return test.select(np.random.Generator(np.random.PCG64([data.seed, len(test)])).permutation(len(test)))
+
+
+def limited(data: DataConfig, test: Rows) -> Rows:
+    """The first `data.test_limit` of the held-out rows."""
+    return test if data.test_limit is None else test.select(range(min(data.test_limit, len(test))))
 
 
 def mixed(data: DataConfig, train: Rows, columns: Iterable[str]) -> Rows:
@@ -135,16 +147,16 @@ def expanded(source: str) -> str:
     return str(Path(source).expanduser()) if source.startswith("~") else source
 
 
-def _on_hub(source: str) -> bool:
+def on_hub(source: str) -> bool:
     """Whether `source` names a data set of the hub, not a file or a package."""
     path = Path(expanded(source))
     return not (source.startswith(packages.PREFIX) or path.suffix in _FORMATS or path.exists())
 
 
-def _check_keys(data: DataConfig) -> None:
+def check_keys(data: DataConfig) -> None:
     """Raises JpeftError for keys that would be ignored and for held-out rows that are those to train on."""
-    hub = _on_hub(data.source)
-    test_hub = hub if data.test_source is None else _on_hub(data.test_source)
+    hub = on_hub(data.source)
+    test_hub = hub if data.test_source is None else on_hub(data.test_source)
     mend = (
         "a file or package has no splits: give the held-out rows with data.test_source, or how many to hold out with "
         "data.test_size"
@@ -185,7 +197,7 @@ def _same(one: str, other: str) -> bool:
         if source.removeprefix(packages.PREFIX) in packages.DATASETS:
             return source
         source = packages.resolve(expanded(source))
-        return source if _on_hub(source) else str(Path(source).resolve())
+        return source if on_hub(source) else str(Path(source).resolve())
 
     return one == other or real(one) == real(other)
 
@@ -205,10 +217,22 @@ def read(source: str, subset: str | None = None, split: str = "train") -> Rows:
             path, numbers, rows = known
             return Rows(datasets.Dataset.from_list(rows), lambda i: f"{path}, line {numbers[i]}", source)
         source = packages.resolve(source)
-    return _hub(source, subset, split) if _on_hub(source) else _file(Path(source))
+    return _hub(source, subset, split) if on_hub(source) else _file(Path(source))
 
 
 def _file(path: Path) -> Rows:
+    check_file(path)
+    try:
+        rows = _parquet(path) if path.suffix == ".parquet" else _text_file(path)
+    except OSError as error:
+        raise JpeftError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(rows) == 0:
+        raise JpeftError(f"{path}: the file has no rows")
+    return rows
+
+
+def check_file(path: Path) -> None:
+    """Raises JpeftError for what is no file of a known format, or an empty one."""
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in _FORMATS)
         found = f"; in it are {', '.join(inside[:3])}" if inside else f"; files end in {', '.join(_FORMATS)}"
@@ -222,12 +246,8 @@ def _file(path: Path) -> Rows:
     try:
         if path.stat().st_size == 0:
             raise JpeftError(f"{path}: the file is empty")
-        rows = _parquet(path) if path.suffix == ".parquet" else _text_file(path)
     except OSError as error:
         raise JpeftError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(rows) == 0:
-        raise JpeftError(f"{path}: the file has no rows")
-    return rows
 
 
 def _parquet(path: Path) -> Rows:
@@ -242,20 +262,28 @@ def _parquet(path: Path) -> Rows:
 
 
 def _text_file(path: Path) -> Rows:
+    _check_utf8(path)
+    return table(path, list(text_rows(path)))
+
+
+def text_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of a json, jsonl, csv or tsv file. Raises JpeftError where it comes to what is wrong with one."""
+    return _separated(path) if path.suffix in (".csv", ".tsv") else _json_rows(path)
+
+
+def table(path: Path, numbered: Sequence[tuple[int, dict[str, Any]]]) -> Rows:
+    """The rows of a text file that stand in these lines."""
     import datasets
     import pyarrow as pa
 
-    _check_utf8(path)
+    lines = [number for number, _ in numbered]
+    names = dict.fromkeys(name for _, row in numbered for name in row)
     if path.suffix in (".csv", ".tsv"):
-        columns, lines = _separated(path)
-        typed = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+        typed = {name: pa.array([row[name] for _, row in numbered], pa.string()) for name in names}
     else:
-        numbered = list(_json_rows(path))
-        lines = [number for number, _ in numbered]
-        names = dict.fromkeys(name for _, row in numbered for name in row)
         typed = {name: _typed(path, name, lines, [row.get(name) for _, row in numbered]) for name in names}
-        if numbered and not typed:
-            raise JpeftError(f"{path}, line {lines[0]}: the rows have no columns")
+    if numbered and not typed:
+        raise JpeftError(f"{path}, line {lines[0]}: the rows have no columns")
     return Rows(datasets.Dataset(pa.table(typed)), lambda index: f"{path}, line {lines[index]}", str(path))
 
 
@@ -283,6 +311,18 @@ def _typed(path: Path, name: str, lines: list[int], values: list[Any]) -> Any:
     raise JpeftError(f"{place} {kind} that a column cannot hold beside those above: {fault(at + 1)}")
 
 
+def kind_of_feature(feature: Any) -> str:
+    """What a column holds, in the words of `kind_of`."""
+    import datasets
+
+    if not isinstance(feature, datasets.Value):
+        return "an object" if isinstance(feature, dict) else "a list" if hasattr(feature, "feature") else "labels"
+    kind = feature.dtype
+    if kind in ("string", "large_string", "null"):
+        return "null" if kind == "null" else "text"
+    return "true or false" if kind == "bool" else "a number" if re.match("u?int|float", kind) else kind
+
+
 def kind_of(value: Any) -> str:
     """What a value is, in a user's words: `text`, `a number`, `a list`."""
     kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -299,7 +339,10 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             return
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise JpeftError(f"{path}, line {number}: not UTF-8 text: {error.reason}") from None
             if line.strip():
                 yield number, _object(path, number, _parsed(path, number, line), "each line")
 
@@ -351,15 +394,13 @@ def _object(path: Path, number: int, value: Any, each: str) -> dict[str, Any]:
     raise JpeftError(f"{path}, line {number}: {kind_of(value)}; {each} must be a JSON object{array}")
 
 
-def _separated(path: Path) -> tuple[dict[str, list[str]], list[int]]:
-    """(columns, the line in which each row begins) of a csv or tsv file, all of it text; empty fields are ''."""
+def _separated(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(the line in which it begins, row) of a csv or tsv file, all of it text; empty fields are ''."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
             names: list[str] = []
-            rows: list[list[str]] = []
-            lines: list[int] = []
             begin = 1
             try:
                 for row in reader:
@@ -374,19 +415,17 @@ def _separated(path: Path) -> tuple[dict[str, list[str]], list[int]]:
                                 f"{path}, line {begin}: {len(row)} fields; the header has {len(names)} (text with "
                                 "separators or line breaks in it goes between double quotes)"
                             )
-                        rows.append(row)
-                        lines.append(begin)
+                        yield begin, dict(zip(names, row, strict=True))
                     begin = reader.line_num + 1
             except csv.Error as error:
                 raise JpeftError(
                     f"{path}, line {begin}: {error}; a field that begins with a double quote ends with one, and one "
                     "inside it is written twice"
                 ) from None
+            except UnicodeDecodeError as error:
+                raise JpeftError(f"{path}, after line {begin - 1}: not UTF-8 text: {error.reason}") from None
     finally:
         csv.field_size_limit(limit)
-    if not rows:
-        raise JpeftError(f"{path}: the file has no rows")
-    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)), lines
 
 
 @contextlib.contextmanager
@@ -420,17 +459,22 @@ def _check_utf8(path: Path) -> None:
 
 
 def _hub(source: str, subset: str | None, split: str) -> Rows:
+    table = from_hub(source, subset, split)
+    return Rows(table, lambda index: f"{source} ({split}), row {index}", source)
+
+
+def from_hub(source: str, subset: str | None, split: str, *, streaming: bool = False) -> Any:
+    """A data set of the hub as `datasets` gives it. Raises JpeftError if there is none."""
     import datasets
 
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise JpeftError(f"{source}: no such file")
     try:
         with _quiet():
-            table = datasets.load_dataset(source, subset, split=split)
+            return datasets.load_dataset(source, subset, split=split, streaming=streaming)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise JpeftError(
             f"data.source {source!r} is no file here and could not be loaded from the hub "
             f"(subset {subset}, split {split}): {reason}"
         ) from error
-    return Rows(table, lambda index: f"{source} ({split}), row {index}", source)

@@ -135,6 +135,7 @@ def _set_by_the_grid(children: Mapping[str, Node], faults: Faults) -> None:
     instead = {
         ("training", "learning_rate"): "learning_rates sets it, the same choice for every method",
         ("training", "seed"): "seeds sets it",
+        ("data", "streaming"): "the rows of a comparison are read once for all its runs; leave it out",
         ("output", "overwrite"): "a comparison goes on with what is finished; give another output.folder",
     }
     for (section, key), message in instead.items():

@@ -1,0 +1,212 @@
+"""Rows that are read while a run goes on, a chunk at a time, for data that is too large to be read before it begins.
+
+The order is a pure function of seed, pass over the source, and chunk: a chunk is so many rows that follow each other in
+the source, and its rows are shuffled among themselves. So a run that was stopped begins to read where its chunk begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jpeft.errors import JpeftError
+from train import packages, sources
+from train.ahead import Ahead
+from train.batches import Window, plan
+from train.examples import Example, Reader
+from train.schema import DataConfig
+from train.sources import Rows
+
+if TYPE_CHECKING:
+    from train.tasks import Task
+
+_Kinds = dict[str, str]
+
+
+class Stream:
+    """The rows of `data.source` but for those held out, in chunks of `data.chunk`, as often as they are asked for.
+
+    Raises JpeftError for keys of `data` that need all rows at once.
+    """
+
+    def __init__(self, data: DataConfig):
+        sources.check_keys(data)
+        self._data = data
+        self._held_out = int(data.test_size or 0)
+        self._kinds: _Kinds = {}
+
+    def first(self) -> Rows:
+        """The first chunk, with this stream behind it. Raises JpeftError if there is no row to train on."""
+        rows = next(self.chunks(0), None)
+        if rows is None:
+            left = f" behind the {self._held_out} that data.test_size holds out" if self._held_out else ""
+            raise JpeftError(f"{self._data.source}: there are no rows to train on{left}")
+        return dataclasses.replace(rows, stream=self)
+
+    def held_out(self) -> Rows:
+        """The rows at the front of the source that `data.test_size` keeps from training."""
+        read = self._read()
+        rows = list(itertools.islice(read.rows, self._held_out))
+        return read.table(rows) if rows else self.first()
+
+    def chunks(self, number: int) -> Iterator[Rows]:
+        """One pass over the source from chunk `number` on."""
+        read = self._read()
+        begin, end = self._held_out, None if self._data.limit is None else self._held_out + self._data.limit
+        rows = itertools.islice(read.rows, begin + number * self._data.chunk, end)
+        while chunk := list(itertools.islice(rows, self._data.chunk)):
+            yield self._alike(read.table(chunk))
+
+    def _alike(self, rows: Rows) -> Rows:
+        """`rows`, whose columns hold what they held in the chunks before. Raises JpeftError where one does not."""
+        for column, feature in rows.dataset.features.items():
+            kind = sources.kind_of_feature(feature)
+            before = kind if kind == "null" else self._kinds.setdefault(column, kind)
+            if kind not in (before, "null"):
+                raise JpeftError(
+                    f"{rows.place(0)}: from here on column {column!r} holds {kind}, before it held {before}; write one "
+                    "kind in all rows"
+                )
+        return rows
+
+    def _read(self) -> _Read:
+        source = sources.expanded(self._data.source)
+        if source.startswith(packages.PREFIX):
+            known = packages.rows(source)
+            if known is not None:
+                path, numbers, found = known
+                return _Read(zip(numbers, found, strict=True), lambda number: f"{path}, line {number}", source)
+            source = packages.resolve(source)
+        if not sources.on_hub(source):
+            path = Path(source)
+            sources.check_file(path)
+            return _parquet(path) if path.suffix == ".parquet" else _Text(path)
+        split = self._data.split
+        table = sources.from_hub(source, self._data.subset, split, streaming=True)
+        return _Read(enumerate(table), lambda number: f"{source} ({split}), row {number}", source, table.features)
+
+
+class _Read:
+    """A source that is being read. rows: pairs of the number by which `place` names a row, and the row."""
+
+    def __init__(
+        self, rows: Iterator[tuple[int, dict[str, Any]]], place: Callable[[int], str], name: str, features: Any = None
+    ):
+        self.rows, self._place, self._name, self._features = rows, place, name, features
+
+    def table(self, numbered: Sequence[tuple[int, dict[str, Any]]]) -> Rows:
+        import datasets
+
+        numbers = [number for number, _ in numbered]
+        table = datasets.Dataset.from_list([row for _, row in numbered], features=self._features)
+        return Rows(table, lambda index: self._place(numbers[index]), self._name)
+
+
+class _Text(_Read):
+    """A text file, which is decoded and checked line by line."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        super().__init__(sources.text_rows(path), lambda line: f"{path}, line {line}", str(path))
+
+    def table(self, numbered: Sequence[tuple[int, dict[str, Any]]]) -> Rows:
+        return sources.table(self._path, numbered)
+
+
+def _parquet(path: Path) -> _Read:
+    import datasets
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        features = datasets.Features.from_arrow_schema(file.schema_arrow)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise JpeftError(f"{path}: cannot be read: {error}") from error
+
+    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        number = 0
+        try:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
+            raise JpeftError(f"{path}, after row {number}: cannot be read: {error}") from error
+
+    return _Read(rows(), lambda number: f"{path}, row {number}", str(path), features)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Rows that were read together, and what is learnt of them. epoch: the pass over the source."""
+
+    rows: Rows
+    examples: list[Example]
+    epoch: int
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedWindow(Window):
+    """A window of the rows of `chunk`. number: of the window among those of its chunk."""
+
+    chunk: Chunk = dataclasses.field(kw_only=True, repr=False)
+    number: int = dataclasses.field(kw_only=True)
+
+    @property
+    def behind(self) -> list[int]:
+        """Where the next window is: [epoch, chunk, window]."""
+        return [self.chunk.epoch, self.chunk.number, self.number + 1]
+
+
+class Streamed:
+    """The examples of a stream, pass after pass without end.
+
+    counts: what was cut or left out of the chunks that were read, the first one's aside.
+    """
+
+    def __init__(self, stream: Stream, task: Task, reader: Callable[[], Reader]):
+        self._stream, self._task, self._reader = stream, task, reader
+        self.counts: Counter[str] = Counter()
+
+    def windows(self, at: Sequence[int], buckets: Sequence[int], size: int, seed: int) -> Iterator[StreamedWindow]:
+        """The windows of `size` rows from `at` on ([epoch, chunk, window]), read and tokenised in a thread."""
+        epoch, number, skip = at
+        coming = Ahead(lambda chunk: chunk(), self._chunks(epoch, number), depth=1)
+        for _, chunk in coming:
+            lengths = [len(example) for example in chunk.examples]
+            made = plan(lengths, buckets, size, seed, chunk.epoch, chunk=chunk.number)
+            for place, window in enumerate(made[skip:], skip):
+                yield StreamedWindow(window.rows, window.length, window.epoch, chunk=chunk, number=place)
+            skip = 0
+
+    def _chunks(self, epoch: int, number: int) -> Iterator[Callable[[], Chunk]]:
+        """What makes each chunk; to be called in order, one at a time."""
+        parts = self._passes(epoch, number)
+        while True:
+            yield lambda: next(parts)
+
+    def _passes(self, epoch: int, number: int) -> Iterator[Chunk]:
+        from train.tasks import check_columns
+
+        while True:
+            empty = number == 0
+            for rows in self._stream.chunks(number):
+                check_columns(self._task, rows)
+                self._task.check(rows)
+                reader = self._reader()
+                examples = self._task.examples(rows, reader)
+                if number:
+                    self.counts += +reader.counts
+                if examples:
+                    empty = False
+                    yield Chunk(rows, examples, epoch, number)
+                number += 1
+            if empty:
+                raise JpeftError(f"{self._task.data.source}: nothing is left to learn of any row")
+            epoch, number = epoch + 1, 0
