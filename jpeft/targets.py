@@ -99,6 +99,23 @@ def listing(model: nnx.Module) -> list[str]:
     return [node.name for node in paths.nodes(model) if kind_of(node.module) is not None]
 
 
+def coverage(model: nnx.Module, entry: str) -> dict[str, tuple[int, int]]:
+    """{canonical path: (how many of its layers `entry` matches, how many it has)}; 1 of 1 outside a `Stack`.
+
+    Of modules that some method can adapt; if it matches none of them itself, of those around which it stands.
+    """
+    prefix, heads = prefix_of(model), _heads_of(model)
+    able = [node for node in paths.nodes(model) if node.parts and kind_of(innermost(node.module)) is not None]
+    for fits in (_selects, _excludes):
+        counts = {
+            node.name: (sum(fits(entry, node, names(node, m, prefix), heads) for m in node.members), len(node.members))
+            for node in able
+        }
+        if any(count for count, _ in counts.values()):
+            break
+    return {name: count for name, count in counts.items() if count[0]}
+
+
 def resolve(
     model: nnx.Module,
     *,

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import jpeft
+from jpeft import targets
 from tests import zoo
 
 
@@ -57,6 +58,17 @@ FEED_FORWARD = {f"layers/mlp/{name}_proj" for name in ("gate", "up", "down")}
 )
 def test_entries(llama: Any, targets: Any, expected: set[str]) -> None:
     assert adapted(llama, targets=targets) == expected
+
+
+def test_coverage(llama: Any) -> None:
+    wrapped = jpeft.LoRA(rank=2, targets="q_proj")(llama, rngs=nnx.Rngs(0))
+    layers = wrapped.layers.length
+    assert targets.coverage(wrapped, "q_proj") == {"layers/self_attn/q_proj": (layers, layers)}
+    assert targets.coverage(wrapped, r"layers\.[02]\.mlp\.up_proj") == {"layers/mlp/up_proj": (2, layers)}
+    assert set(targets.coverage(wrapped, "all-linear")) == ATTENTION | FEED_FORWARD
+    assert set(targets.coverage(wrapped, "mlp")) == FEED_FORWARD
+    assert targets.coverage(wrapped, "lm_head") == {"lm_head": (1, 1)}
+    assert targets.coverage(wrapped, "nothing") == {}
 
 
 def test_exclude(llama: Any) -> None:

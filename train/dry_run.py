@@ -13,12 +13,16 @@ from jax.sharding import Mesh
 
 import jpeft
 from jpeft.sharding.placing import placed_value
+from jpeft.targets import coverage, entries
 from train import placing
 from train.display import Display, clock, size
 from train.flops import flops
 from train.plan import Plan
+from train.schema import Config
 from train.step import make_step
 from train.tasks import Task
+
+_MOST = 8  # paths that a target is shown to match
 
 
 def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None = None) -> None:
@@ -69,6 +73,18 @@ def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None
         "nothing was trained or written (--dry-run). Memory is that of each device, temporaries as the compiler allots "
         f"them on {jax.devices()[0].device_kind}; FLOP are those of matrix products on all devices"
     )
+
+
+def show_targets(config: Config, model: Any, display: Display) -> None:
+    """Says where each entry of the methods' `targets` is found in the adapted `model`."""
+    for method in config.method if isinstance(config.method, list) else [config.method]:
+        for entry in entries(method.get("targets")):
+            found = [
+                name if count == there else f"{name} in {count} of {there} layers"
+                for name, (count, there) in coverage(model, str(entry)).items()
+            ]
+            more = f" and {len(found) - _MOST:,} more" if len(found) > _MOST else ""
+            display.say(f"target    {entry}: {', '.join(found[:_MOST])}{more}")
 
 
 def _bytes(tree: Any) -> int:

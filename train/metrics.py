@@ -5,6 +5,7 @@ The libraries are imported where they are used, so a run loads those of its own 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 from jpeft.errors import JpeftError
 
 Metric = Callable[[Sequence[Any], Sequence[Any]], float]
+
+_NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
 
 
 def accuracy(right: Sequence[int], said: Sequence[int]) -> float:
@@ -104,6 +107,17 @@ def exact_match(right: Sequence[str], said: Sequence[str]) -> float:
     return float(np.mean([one.strip() == other.strip() for one, other in zip(right, said, strict=True)]))
 
 
+def last_number(right: Sequence[str], said: Sequence[str]) -> float:
+    """The share of texts whose last number is that of the right text, as GSM8K is scored (`1,200.0` is `1200`)."""
+
+    def last(text: str) -> float | None:
+        found = _NUMBER.findall(text)
+        return float(found[-1].replace(",", "")) if found else None
+
+    pairs = [(last(one), last(other)) for one, other in zip(right, said, strict=True)]
+    return float(np.mean([one is not None and one == other for one, other in pairs]))
+
+
 def bleu(right: Sequence[str], said: Sequence[str]) -> float:
     """Corpus BLEU of sacrebleu, 0 to 100 (Post 2018, arXiv:1804.08771)."""
     from sacrebleu.metrics.bleu import BLEU
@@ -148,6 +162,7 @@ METRICS: dict[str, dict[str, Metric]] = {
     },
     "texts": {
         "exact_match": exact_match,
+        "last_number": last_number,
         "bleu": bleu,
         "chrf": chrf,
         "rouge1": rouge1,

@@ -112,6 +112,7 @@ def carry_out(
     elif jax.device_count() > 1:
         display.say(f"warning   {jax.device_count()} devices are here and 1 is used; mesh.data=-1 uses all of them")
     if dry:
+        dry_run.show_targets(config, model, display)
         dry_run.show(Plan(config, model, task), model, task.kind, display, mesh)
         return None
     loop = Loop(config, model, task, materials.reader(model), folder, display, mesh)

@@ -154,7 +154,8 @@ class EvaluationConfig(Section):
         None,
         description="names of metrics, the one that matters first: accuracy, macro_f1, f1, matthews; micro_f1, "
         "exact_match (multi-label); pearson, spearman, rmse, mae; span_f1, span_precision, span_recall, "
-        "token_accuracy; exact_match, bleu, chrf, rouge1, rouge2, rougeL (completions); perplexity; default: by task",
+        "token_accuracy; exact_match, last_number, bleu, chrf, rouge1, rouge2, rougeL (completions); perplexity; "
+        "default: by task",
     )
     samples: Count = Field(
         6, description="held-out rows shown with the answers before and after; report.html has 4 times as many"

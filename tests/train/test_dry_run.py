@@ -46,6 +46,9 @@ def test_a_plan_without_weights(config: Path, tmp_path: Path) -> None:
     said = done.output
     assert re.search(r"steps 16 of 4 rows, padded to \d+ tokens: 1 program to compile", " ".join(said.split()))
     assert "layers/self_attn/q_proj/lora/a" in said
+    linear = re.search(r"target +all-linear: (.*?)\n(steps|target)", said, re.DOTALL)
+    assert linear is not None
+    assert {f"layers/mlp/{name}_proj" for name in ("gate", "up", "down")} < set(re.split(r"[,\s]+", linear[1]))
     assert "nothing was trained or written" in said
     assert not (tmp_path / "run").exists()
 

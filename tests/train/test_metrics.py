@@ -44,6 +44,7 @@ TEXTS = (["the cat sat on the mat", "yes"], [" the cat sat on the mat\n", "no"])
         ("tags", "span_f1", (TAGS[0], [["O"] * 4, ["O"] * 3]), 0.0),
         ("tags", "token_accuracy", TAGS, 4 / 7),
         ("texts", "exact_match", TEXTS, 1 / 2),
+        ("texts", "last_number", (["so #### 1,200", "2 + 3 = 5.", "7", "-1"], ["1200.0", "5 of 6", "no", "-1"]), 2 / 4),
         ("texts", "rouge1", TEXTS, 1 / 2),
         ("texts", "rouge2", TEXTS, 1 / 2),
         ("texts", "rougeL", (["the cats sat"], ["the cat"]), 4 / 5),
