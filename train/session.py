@@ -125,9 +125,19 @@ def takes_types(model: Any) -> bool:
 
 
 def context(model: Any) -> int | None:
-    """The most tokens that the model has positions for beside its virtual ones, if there is a limit."""
+    """The most tokens that the model has positions for beside its virtual ones, if there is a limit.
+
+    Raises JpeftError if the virtual ones leave none.
+    """
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return limit - places_taken(model) if isinstance(limit, int) else None
+    if not isinstance(limit, int):
+        return None
+    taken = places_taken(model)
+    if taken >= limit:
+        raise JpeftError(
+            f"method.num_virtual_tokens: {taken} virtual tokens leave no room for text in a model of {limit} positions"
+        )
+    return limit - taken
 
 
 def mergeable(model: Any) -> bool:

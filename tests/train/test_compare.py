@@ -31,6 +31,7 @@ from train.compare.table import Entry
 from train.compare.trials import Trial
 from train.display import Display
 from train.materials import Materials
+from train.plan import Plan
 from train.run import adapted
 
 METHODS = (
@@ -215,6 +216,47 @@ def test_shipped_comparisons_are_right(path: Path) -> None:
     assert len(comparison.grid.seeds) >= 3
     assert str(path) in path.read_text()
     assert comparison.folder == Path("runs") / f"compare-{path.stem}"
+
+
+@pytest.mark.parametrize("name", ["classification", "labelling", "generation"])
+def test_every_method_of_the_shipped_comparisons_has_a_plan(
+    name: str, bert: Path, llama: Path, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    sentences = jsonl([{"sentence": f"the {colour} is", "label": colour} for colour in COLOURS * 8], "sentences.jsonl")
+    tagged = jsonl([{"tokens": ["the", colour], "tags": ["O", "B-C"]} for colour in COLOURS * 8], "tagged.jsonl")
+    pairs = jsonl([{"mr": colour, "ref": f"it is {colour}"} for colour in COLOURS * 8], "pairs.jsonl")
+    given = {
+        "classification": [f"data.source={sentences}", f"model.source={bert}", "data.subset=~"],
+        "labelling": [f"data.source={tagged}", f"model.source={bert}", "data.tags=tags"]
+        + [f"methods.{label}.num_virtual_tokens=20" for label in ("prompt-tuning", "p-tuning", "p-tuning-v2")]
+        + [f"methods.{label}.num_virtual_tokens=20" for label in ("prefix-tuning", "mam")],
+        "generation": [
+            f"data.source={pairs}",
+            f"model.source={llama}",
+            'data.prompt="{mr}:"',
+            'data.completion=" {ref}"',
+        ],
+    }[name]
+    few = ["data.test_split=~", "training.max_steps=500", "training.epochs=~", f"output.folder={tmp_path / 'out'}"]
+    comparison = load(Path(f"configs/compare/{name}.yaml"), [*given, *few])
+    materials = Materials(comparison.base, abstract=True)
+    trained = {}
+    for label in comparison.methods:
+        config = comparison.run(label, 1e-3, 0).model_copy(update={"data": materials.data})
+        model = adapted(config, materials)
+        assert Plan(config, model, materials.examples(model)).steps == 500
+        trained[label] = jpeft.describe(model).trainable
+    assert trained["lora"] < trained["lora-all"]
+    assert {
+        "prompt-tuning",
+        "p-tuning",
+        "p-tuning-v2",
+        "houlsby",
+        "pfeiffer",
+        "lora",
+        "adalora",
+        "mam",
+    } <= trained.keys()
 
 
 def test_forgetting_of_a_language_model(

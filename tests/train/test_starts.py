@@ -175,6 +175,13 @@ def test_starts_that_cannot_be(llama: Path, write: Callable[..., Path], method: 
     assert said in str(caught.value)
 
 
+def test_virtual_tokens_leave_room(llama: Path, write: Callable[..., Path]) -> None:
+    config = configs.load(write(llama, "{name: p_tuning_v2, num_virtual_tokens: 128}"))
+    materials = Materials(config, abstract=True)
+    with pytest.raises(JpeftError, match=r"128 virtual tokens leave no room for text in a model of 128 positions"):
+        materials.examples(adapted(config, materials))
+
+
 def test_too_few_tokens_are_said_with_the_key(llama: Path, write: Callable[..., Path]) -> None:
     with pytest.raises(JpeftError, match=r"give more batches.*eva_batches is 1, and 1 were seen"):
         made(
