@@ -11,12 +11,14 @@ models the norm comes behind the adapter, and in pre-norm models before the subl
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.core import FrozenDict
 
 from jpeft.errors import JpeftError
 from jpeft.methods import fields
@@ -32,7 +34,7 @@ from jpeft.methods.method import Method
 from jpeft.methods.retrained import NormTuning
 from jpeft.methods.targeted import Targeted, lead_of, replaced, targets_or_none
 from jpeft.paths import Node
-from jpeft.targets import Layers
+from jpeft.targets import Layers, Pattern
 from jpeft.wrapper import innermost
 
 
@@ -43,6 +45,7 @@ class _Bottlenecks(Targeted):
 
     reduction_factor: float
     bottleneck_size: int | None
+    bottleneck_pattern: Mapping[str, int]
     activation: str
     scaling: float | str
     dropout: float
@@ -52,8 +55,11 @@ class _Bottlenecks(Targeted):
 
     def __post_init__(self) -> None:
         self.settle_targets()
+        named, table = type(self).__name__, self.bottleneck_pattern
+        Pattern(table, field="bottleneck_pattern", method=named)
         fields.settle(
             self,
+            bottleneck_pattern=FrozenDict({entry: fields.whole(value) for entry, value in table.items()}),
             reduction_factor=fields.real(self.reduction_factor),
             bottleneck_size=fields.whole(self.bottleneck_size),
             scaling=fields.real(self.scaling),
@@ -66,6 +72,8 @@ class _Bottlenecks(Targeted):
             raise JpeftError(f"{type(self).__name__}: reduction_factor={self.reduction_factor!r} is not positive")
         if self.bottleneck_size is not None:
             fields.check_whole(self, "bottleneck_size", self.bottleneck_size, least=1)
+        for entry, size in self.bottleneck_pattern.items():
+            fields.check_whole(self, f"bottleneck_pattern[{entry!r}]", size, least=1)
         if self.scaling != "learned":
             if isinstance(self.scaling, str):
                 fields.check_choice(self, "scaling", self.scaling, ("learned", "a number"))
@@ -75,6 +83,17 @@ class _Bottlenecks(Targeted):
         fields.check_choice(self, "dtype", self.dtype, fields.DTYPES)
         fields.check_rate(self, "dropout", self.dropout)
         fields.check_whole(self, "drop", self.drop, least=0)
+
+    def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
+        widths = self._widths()
+        for node, layers in self.resolve(model):
+            for member in layers or node.members:
+                widths(node, member, "", 0)
+        widths.check()
+        return super().apply(model, key)
+
+    def _widths(self) -> Pattern:
+        return Pattern(self.bottleneck_pattern, field="bottleneck_pattern", method=type(self).__name__)
 
     def form(self, module: Any) -> tuple[type[Bottleneck], int, int]:
         """The wrapper for `module`, and the input and output width of its network."""
@@ -95,18 +114,40 @@ class _Bottlenecks(Targeted):
         )
 
     def values(self, node: Node, layers: Layers, key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
-        """Initial values of the network's variables, with the layer axes of the node."""
-        width = self.bottleneck_size or max(1, int(outputs // self.reduction_factor))
-        lead = lead_of(node, layers)
+        """Initial values of the network's variables, with the layer axes of the node.
 
-        def one(key: jax.Array) -> dict[str, jax.Array]:
-            return start(self.init, key, inputs, width, outputs)
+        Where layers of a `Stack` differ in width, zeros fill up the narrower ones; they have no gradient and stay.
+        """
+        default = self.bottleneck_size or max(1, int(outputs // self.reduction_factor))
+        table, lead = self._widths(), lead_of(node, layers)
+        sizes = [table(node, member, "", default) for member in layers or node.members]
+        keys = node.keys(key, self.name, lead, layers)
 
-        for _ in lead:
-            one = jax.vmap(one)
-        made = one(node.keys(key, self.name, lead, layers))
+        def drawn(keys: jax.Array, width: int) -> dict[str, jax.Array]:
+            def one(key: jax.Array) -> dict[str, jax.Array]:
+                return start(self.init, key, inputs, width, outputs)
+
+            for _ in range(keys.ndim):
+                one = jax.vmap(one)
+            return {name: _filled(name, value, max(sizes)) for name, value in one(keys).items()}
+
+        if len(set(sizes)) == 1:
+            made = drawn(keys, sizes[0])
+        else:
+            each = [drawn(keys[number], width) for number, width in enumerate(sizes)]
+            made = {name: jnp.stack([one[name] for one in each]) for name in each[0]}
         scale = jnp.full(lead, 1.0 if isinstance(self.scaling, str) else self.scaling, jnp.float32)
         return {**{name: value.astype(self.dtype) for name, value in made.items()}, "scale": scale}
+
+
+def _filled(name: str, value: jax.Array, width: int) -> jax.Array:
+    """A variable of a network with zeros for the units up to `width`."""
+    axis = {"down": -1, "down_bias": -1, "up": -2}.get(name)
+    if axis is None:
+        return value
+    more = [(0, 0)] * value.ndim
+    more[axis] = (0, width - value.shape[axis])
+    return jnp.pad(value, more)
 
 
 def width_of(module: Any, attribute: str) -> int:
@@ -134,6 +175,8 @@ class Houlsby(_Bottlenecks):
     """Two adapters in every layer, behind attention and behind the feed-forward, and trained norms (arXiv:1902.00751).
 
     reduction_factor: the model's width divided by the bottleneck's. bottleneck_size: the bottleneck's width itself.
+    bottleneck_pattern: widths by layer or module, {name or regular expression: width}, the first fitting entry decides:
+        `{"layers.0": 4}`. Layers of a `Stack` are filled up with zeros to the widest.
     activation: "relu", "gelu" (exact), "gelu_new", "swish" or "silu", "leaky_relu", "tanh".
     scaling: a factor on what an adapter adds, or "learned": one that trains and starts at 1.
     dropout: probability of zeroing a unit of the bottleneck while training.
@@ -154,6 +197,7 @@ class Houlsby(_Bottlenecks):
 
     reduction_factor: float = 16
     bottleneck_size: int | None = None
+    bottleneck_pattern: Mapping[str, int] = FrozenDict()
     activation: str = "swish"
     scaling: float | str = 1.0
     dropout: float = 0.0
@@ -205,6 +249,7 @@ class Pfeiffer(_Bottlenecks):
 
     reduction_factor: float = 16
     bottleneck_size: int | None = None
+    bottleneck_pattern: Mapping[str, int] = FrozenDict()
     activation: str = "relu"
     scaling: float | str = 1.0
     dropout: float = 0.0
@@ -231,6 +276,7 @@ class ParallelAdapter(_Bottlenecks):
 
     reduction_factor: float = 2
     bottleneck_size: int | None = None
+    bottleneck_pattern: Mapping[str, int] = FrozenDict()
     activation: str = "relu"
     scaling: float | str = 4.0
     dropout: float = 0.0

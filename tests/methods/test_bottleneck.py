@@ -61,6 +61,45 @@ def test_widths_of_the_bottleneck() -> None:
     assert both["layers/mlp/down_proj/wide/up"].shape == (2, 3, zoo.WIDTH)
 
 
+def test_widths_by_layer_equal_adapters_of_their_own(tmp_path: Any) -> None:
+    pattern = {"layers.0": 2, r"layers\.2\..*": 5}
+    method = jpeft.Pfeiffer(bottleneck_size=3, bottleneck_pattern=pattern, init="bert", activation="gelu")
+    made = method(base("llama"), rngs=0)
+    plain = jpeft.compose(
+        *(
+            jpeft.Pfeiffer(bottleneck_size=width, init="bert", activation="gelu", layers=[layer], name=f"at_{layer}")
+            for layer, width in enumerate((2, 3, 5))
+        )
+    )(base("llama"), rngs=0)
+    parts, ragged = jpeft.partition(made), jpeft.partition(plain)
+    place = "layers/mlp/down_proj"
+    assert parts.adapter[f"{place}/pfeiffer/down"].shape == (3, zoo.WIDTH, 5)
+    own = dict(ragged.adapter)
+    for layer, width in enumerate((2, 3, 5)):
+        for name, cut in (
+            ("down", np.s_[:, :width]),
+            ("down_bias", np.s_[:width]),
+            ("up", np.s_[:width]),
+            ("up_bias", ...),
+        ):
+            value = parts.adapter[f"{place}/pfeiffer/{name}"][layer]
+            assert not (np.abs(value).sum() - np.abs(value[cut]).sum() > 1e-6)  # nothing but zeros beyond
+            own[f"{place}/at_{layer}/{name}"] = value[cut][None]
+
+    def loss(parts: Any, adapter: Any) -> Any:
+        return (jpeft.combine(parts.graphdef, adapter, parts.buffers, parts.frozen)(zoo.ids()) ** 2).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(lambda adapter: loss(parts, adapter)))(parts.adapter)
+    assert float(value) == pytest.approx(float(jax.jit(lambda adapter: loss(ragged, adapter))(own)), rel=1e-5)
+    assert not gradient[f"{place}/pfeiffer/down"][0, :, 2:].any()
+    assert not gradient[f"{place}/pfeiffer/up"][1, 3:].any()
+    assert gradient[f"{place}/pfeiffer/up"][1, :3].any()
+    jpeft.save_adapter(tmp_path / "a", made)
+    assert jpeft.applied(jpeft.load_adapter(tmp_path / "a", base("llama"))) == (method,)
+    with pytest.raises(jpeft.JpeftError, match="bottleneck_pattern entries that match no adapted module: 'layers.7'"):
+        jpeft.Pfeiffer(bottleneck_pattern={"layers.7": 2})(base("llama"), rngs=0)
+
+
 def test_initial_values() -> None:
     key, scales = jax.random.key(0), {"lora": 1 / np.sqrt(3 * 64), "houlsby": 0.0088, "bert": 0.02}
     for init, scale in scales.items():
@@ -113,6 +152,8 @@ def test_a_predicate_is_recorded_with_the_layers_it_chose() -> None:
         ({"activation": "sine"}, "activation='sine'; choose 'relu'"),
         ({"reduction_factor": 0}, "reduction_factor=0 is not positive"),
         ({"bottleneck_size": 0}, "bottleneck_size=0 is not a whole number"),
+        ({"bottleneck_pattern": {"layers.0": 0}}, r"bottleneck_pattern\['layers.0'\]=0 is not a whole number"),
+        ({"bottleneck_pattern": [4]}, r"bottleneck_pattern=\[4\] is no mapping"),
         ({"scaling": "often"}, "scaling='often'"),
         ({"init": "kaiming"}, "init='kaiming'; choose 'lora'"),
         ({"drop": -1}, "drop=-1"),
