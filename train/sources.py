@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -203,7 +203,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def read(source: str, subset: str | None = None, split: str = "train") -> Rows:
-    """All rows of a file, a packaged data set, or a split on the hub.
+    """All rows of a file, of the files in a folder, of a packaged data set, or of a split on the hub.
 
     Raises JpeftError naming file and line of what cannot be read.
     """
@@ -217,26 +217,49 @@ def read(source: str, subset: str | None = None, split: str = "train") -> Rows:
             path, numbers, rows = known
             return Rows(datasets.Dataset.from_list(rows), lambda i: f"{path}, line {numbers[i]}", source)
         source = packages.resolve(source)
-    return _hub(source, subset, split) if on_hub(source) else _file(Path(source))
+    return _hub(source, subset, split) if on_hub(source) else _files(Path(source))
 
 
-def _file(path: Path) -> Rows:
-    check_file(path)
+def _files(path: Path) -> Rows:
+    files = files_in(path)
     try:
-        rows = _parquet(path) if path.suffix == ".parquet" else _text_file(path)
+        if files[0].suffix != ".parquet":
+            for file in files:
+                _check_utf8(file)
+            rows = table(str(path), [row for file in files for row in text_rows(file)])
+        else:
+            rows = _parquet(path, files)
     except OSError as error:
         raise JpeftError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(rows) == 0:
-        raise JpeftError(f"{path}: the file has no rows")
+        raise JpeftError(f"{path}: the file has no rows" if path.is_file() else f"{path}: its files have no rows")
     return rows
+
+
+def files_in(path: Path) -> list[Path]:
+    """`path`, or the files of the one format that are in this folder, by name.
+
+    Raises JpeftError for what is no file of a known format, or an empty one.
+    """
+    if not path.is_dir():
+        check_file(path)
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in _FORMATS and not file.name.startswith("."))
+    if not files:
+        raise JpeftError(f"{path}: there are no rows in this folder; files end in {', '.join(_FORMATS)}")
+    other = next((file for file in files if file.suffix != files[0].suffix), None)
+    if other is not None:
+        raise JpeftError(
+            f"{path}: a folder of rows has files of one format, and in it are {files[0].name} and {other.name}; give "
+            "one of the files, or a folder for each format"
+        )
+    for file in files:
+        check_file(file)
+    return files
 
 
 def check_file(path: Path) -> None:
     """Raises JpeftError for what is no file of a known format, or an empty one."""
-    if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in _FORMATS)
-        found = f"; in it are {', '.join(inside[:3])}" if inside else f"; files end in {', '.join(_FORMATS)}"
-        raise JpeftError(f"{path}: a directory; give the file in it that holds the rows{found}")
     if not path.is_file():
         beside = [str(p) for p in path.parent.glob("*") if p.suffix in _FORMATS] if path.parent.is_dir() else []
         near = f"; nearest: {', '.join(nearest(str(path), beside, 3))}" if beside else ""
@@ -250,44 +273,63 @@ def check_file(path: Path) -> None:
         raise JpeftError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path, files: Sequence[Path]) -> Rows:
     import datasets
 
-    try:
-        with _quiet():
-            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except Exception as error:  # datasets raises whatever its parsers do
-        raise JpeftError(f"{path}: cannot be read: {error.__cause__ or error}") from error
-    return Rows(table, lambda index: f"{path}, row {index}", str(path))
+    tables = []
+    for file in files:
+        try:
+            with _quiet():
+                tables.append(datasets.load_dataset("parquet", data_files=str(file), split="train"))
+        except Exception as error:  # datasets raises whatever its parsers do
+            raise JpeftError(f"{file}: cannot be read: {error.__cause__ or error}") from error
+        if tables[-1].features != tables[0].features:
+            raise JpeftError(f"{file}: its columns are not those of {files[0].name}; write them alike")
+    ends = np.cumsum([len(one) for one in tables])
+
+    def place(index: int) -> str:
+        at = int(np.searchsorted(ends, index, side="right"))
+        return f"{files[at]}, row {index - int(ends[at]) + len(tables[at])}"
+
+    return Rows(datasets.concatenate_datasets(tables), place, str(path))
 
 
-def _text_file(path: Path) -> Rows:
-    _check_utf8(path)
-    return table(path, list(text_rows(path)))
+class Line(NamedTuple):
+    """A line of a text file, from 1."""
+
+    path: Path
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.number}"
 
 
-def text_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def text_rows(path: Path) -> Iterator[tuple[Line, dict[str, Any]]]:
     """(line, row) of a json, jsonl, csv or tsv file. Raises JpeftError where it comes to what is wrong with one."""
-    return _separated(path) if path.suffix in (".csv", ".tsv") else _json_rows(path)
+    rows = _separated(path) if path.suffix in (".csv", ".tsv") else _json_rows(path)
+    return ((Line(path, number), row) for number, row in rows)
 
 
-def table(path: Path, numbered: Sequence[tuple[int, dict[str, Any]]]) -> Rows:
-    """The rows of a text file that stand in these lines."""
+def table(name: str, numbered: Sequence[tuple[Line, dict[str, Any]]]) -> Rows:
+    """These rows of text files of one format; name: of all of them together."""
     import datasets
     import pyarrow as pa
 
-    lines = [number for number, _ in numbered]
-    names = dict.fromkeys(name for _, row in numbered for name in row)
-    if path.suffix in (".csv", ".tsv"):
-        typed = {name: pa.array([row[name] for _, row in numbered], pa.string()) for name in names}
+    lines = [line for line, _ in numbered]
+    columns = dict.fromkeys(column for _, row in numbered for column in row)
+    if lines and lines[0].path.suffix in (".csv", ".tsv"):
+        odd = next((line for line, row in numbered if len(row) < len(columns)), None)
+        if odd is not None:
+            raise JpeftError(f"{name}: the files do not have the same columns: {', '.join(columns)} (see {odd})")
+        typed = {column: pa.array([row[column] for _, row in numbered], pa.string()) for column in columns}
     else:
-        typed = {name: _typed(path, name, lines, [row.get(name) for _, row in numbered]) for name in names}
+        typed = {column: _typed(column, lines, [row.get(column) for _, row in numbered]) for column in columns}
     if numbered and not typed:
-        raise JpeftError(f"{path}, line {lines[0]}: the rows have no columns")
-    return Rows(datasets.Dataset(pa.table(typed)), lambda index: f"{path}, line {lines[index]}", str(path))
+        raise JpeftError(f"{lines[0]}: the rows have no columns")
+    return Rows(datasets.Dataset(pa.table(typed)), lambda index: str(lines[index]), name)
 
 
-def _typed(path: Path, name: str, lines: list[int], values: list[Any]) -> Any:
+def _typed(name: str, lines: Sequence[Line], values: list[Any]) -> Any:
     """A column of one type: a table holds no others. Raises JpeftError with the line where the type changes."""
     import pyarrow as pa
 
@@ -301,12 +343,14 @@ def _typed(path: Path, name: str, lines: list[int], values: list[Any]) -> Any:
     if fault(len(values)) is None:
         return pa.array(values)
     at = bisect.bisect_left(range(1, len(values) + 1), True, key=lambda count: fault(count) is not None)
-    kind, place = kind_of(values[at]), f"{path}, line {lines[at]}: column {name!r} holds"
-    before = next(((line, kind_of(value)) for line, value in zip(lines, values, strict=True) if value is not None))
-    if kind != before[1]:
+    kind, place = kind_of(values[at]), f"{lines[at]}: column {name!r} holds"
+    line, before = next(
+        ((line, kind_of(value)) for line, value in zip(lines, values, strict=True) if value is not None)
+    )
+    if kind != before:
+        where = f"line {line.number}" if line.path == lines[at].path else str(line)
         raise JpeftError(
-            f"{place} {kind}, but {before[1]} in line {before[0]}; write one kind in all rows, numbers among text in "
-            "quotes"
+            f"{place} {kind}, but {before} in {where}; write one kind in all rows, numbers among text in quotes"
         )
     raise JpeftError(f"{place} {kind} that a column cannot hold beside those above: {fault(at + 1)}")
 

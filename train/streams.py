@@ -24,8 +24,6 @@ from train.sources import Rows
 if TYPE_CHECKING:
     from train.tasks import Task
 
-_Kinds = dict[str, str]
-
 
 class Stream:
     """The rows of `data.source` but for those held out, in chunks of `data.chunk`, as often as they are asked for.
@@ -37,7 +35,7 @@ class Stream:
         sources.check_keys(data)
         self._data = data
         self._held_out = int(data.test_size or 0)
-        self._kinds: _Kinds = {}
+        self._kinds: dict[str, str] = {}
 
     def first(self) -> Rows:
         """The first chunk, with this stream behind it. Raises JpeftError if there is no row to train on."""
@@ -79,66 +77,65 @@ class Stream:
             known = packages.rows(source)
             if known is not None:
                 path, numbers, found = known
-                return _Read(zip(numbers, found, strict=True), lambda number: f"{path}, line {number}", source)
+                lines = [f"{path}, line {number}" for number in numbers]
+                return _Read(zip(lines, found, strict=True), source)
             source = packages.resolve(source)
         if not sources.on_hub(source):
-            path = Path(source)
-            sources.check_file(path)
-            return _parquet(path) if path.suffix == ".parquet" else _Text(path)
+            files = sources.files_in(Path(source))
+            return _parquet(files, source) if files[0].suffix == ".parquet" else _Text(files, source)
         split = self._data.split
         table = sources.from_hub(source, self._data.subset, split, streaming=True)
-        return _Read(enumerate(table), lambda number: f"{source} ({split}), row {number}", source, table.features)
+        rows = ((f"{source} ({split}), row {number}", row) for number, row in enumerate(table))
+        return _Read(rows, source, table.features)
 
 
 class _Read:
-    """A source that is being read. rows: pairs of the number by which `place` names a row, and the row."""
+    """A source that is being read. rows: pairs of where a row stands, and the row."""
 
-    def __init__(
-        self, rows: Iterator[tuple[int, dict[str, Any]]], place: Callable[[int], str], name: str, features: Any = None
-    ):
-        self.rows, self._place, self._name, self._features = rows, place, name, features
+    def __init__(self, rows: Iterator[tuple[Any, dict[str, Any]]], name: str, features: Any = None):
+        self.rows, self._name, self._features = rows, name, features
 
-    def table(self, numbered: Sequence[tuple[int, dict[str, Any]]]) -> Rows:
+    def table(self, placed: Sequence[tuple[Any, dict[str, Any]]]) -> Rows:
         import datasets
 
-        numbers = [number for number, _ in numbered]
-        table = datasets.Dataset.from_list([row for _, row in numbered], features=self._features)
-        return Rows(table, lambda index: self._place(numbers[index]), self._name)
+        places = [place for place, _ in placed]
+        table = datasets.Dataset.from_list([row for _, row in placed], features=self._features)
+        return Rows(table, lambda index: str(places[index]), self._name)
 
 
 class _Text(_Read):
-    """A text file, which is decoded and checked line by line."""
+    """Text files, which are decoded and checked line by line."""
 
-    def __init__(self, path: Path):
-        self._path = path
-        super().__init__(sources.text_rows(path), lambda line: f"{path}, line {line}", str(path))
+    def __init__(self, files: Sequence[Path], name: str):
+        super().__init__((row for file in files for row in sources.text_rows(file)), name)
 
-    def table(self, numbered: Sequence[tuple[int, dict[str, Any]]]) -> Rows:
-        return sources.table(self._path, numbered)
+    def table(self, placed: Sequence[tuple[Any, dict[str, Any]]]) -> Rows:
+        return sources.table(self._name, placed)
 
 
-def _parquet(path: Path) -> _Read:
+def _parquet(files: Sequence[Path], name: str) -> _Read:
     import datasets
     import pyarrow as pa
     from pyarrow import parquet
 
-    try:
-        file = parquet.ParquetFile(path)
-        features = datasets.Features.from_arrow_schema(file.schema_arrow)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise JpeftError(f"{path}: cannot be read: {error}") from error
-
-    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        number = 0
+    def opened(path: Path) -> Any:
         try:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
+            return parquet.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
-            raise JpeftError(f"{path}, after row {number}: cannot be read: {error}") from error
+            raise JpeftError(f"{path}: cannot be read: {error}") from error
 
-    return _Read(rows(), lambda number: f"{path}, row {number}", str(path), features)
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        for path in files:
+            number = 0
+            try:
+                for batch in opened(path).iter_batches():
+                    for row in batch.to_pylist():
+                        yield f"{path}, row {number}", row
+                        number += 1
+            except (pa.ArrowException, OSError) as error:
+                raise JpeftError(f"{path}, after row {number}: cannot be read: {error}") from error
+
+    return _Read(rows(), name, datasets.Features.from_arrow_schema(opened(files[0]).schema_arrow))
 
 
 @dataclasses.dataclass(frozen=True)

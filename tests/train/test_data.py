@@ -19,6 +19,7 @@ from tests.train.conftest import make_tokenizer
 from train import data as task_data
 from train import packages, sources
 from train.schema import DataConfig
+from train.streams import Stream
 from train.tasks import task_of
 
 ROWS = [{"text": f"row {i}", "other": "x y", "label": "yes" if i % 2 else "no", "number": i % 3} for i in range(20)]
@@ -258,10 +259,41 @@ def test_missing_files(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
     path = jsonl(ROWS)
     with pytest.raises(JpeftError, match=r"row\.jsonl: no such file; nearest: .*rows\.jsonl"):
         sources.read(str(path.with_name("row.jsonl")))
-    with pytest.raises(
-        JpeftError, match=r"a directory; give the file in it that holds the rows; in it are rows\.jsonl"
-    ):
-        sources.read(str(path.parent))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_folders(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    with pytest.raises(JpeftError, match=r"rows: there are no rows in this folder; files end in \.json"):
+        sources.read(str(folder))
+    rows = [{"text": f"row {number}", "label": "ab"[number % 2]} for number in range(5)]
+    for name, part in (("b", rows[2:]), ("a", rows[:2])):
+        table = datasets.Dataset.from_list(part)
+        getattr(table, {"jsonl": "to_json"}.get(kind, f"to_{kind}"))(str(folder / f"{name}.{kind}"))
+    (folder / "README.md").write_text("what they are")
+    read = sources.read(str(folder))
+    assert list(read.dataset) == rows
+    begin = {"jsonl": "line 1", "csv": "line 2", "parquet": "row 0"}[kind]
+    assert [read.place(index) for index in (0, 2)] == [f"{folder / name}.{kind}, {begin}" for name in "ab"]
+    streamed = Stream(DataConfig(source=str(folder), streaming=True, chunk=3, text="text"))
+    assert [row for chunk in streamed.chunks(0) for row in chunk.dataset] == rows
+    places = [chunk.place(index) for chunk in streamed.chunks(0) for index in range(len(chunk))]
+    assert places == [read.place(index) for index in range(5)]
+
+    (folder / "c.tsv").write_text("text\nx\n")
+    with pytest.raises(JpeftError, match=f"has files of one format, and in it are a.{kind} and c.tsv"):
+        sources.read(str(folder))
+    (folder / "c.tsv").unlink()
+    other = datasets.Dataset.from_list([{"text": "x", **({"label": 1} if kind == "jsonl" else {})}])
+    getattr(other, {"jsonl": "to_json"}.get(kind, f"to_{kind}"))(str(folder / f"c.{kind}"))
+    said = {
+        "jsonl": r"c\.jsonl, line 1: column 'label' holds a number, but text in .*a\.jsonl, line 1",
+        "csv": r"the files do not have the same columns: text, label \(see .*c\.csv, line 2\)",
+        "parquet": r"c\.parquet: its columns are not those of a\.parquet",
+    }[kind]
+    with pytest.raises(JpeftError, match=said):
+        sources.read(str(folder))
 
 
 def test_nothing_is_logged_beside_the_error(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
