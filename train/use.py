@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jpeft
 from jpeft.errors import JpeftError
+from jpeft.models.loading import local_folder
+from train import packages
 from train.session import keep_compiled, open_run
 
 
@@ -49,7 +52,7 @@ def generate(
 
 
 def merge(folder: Path, target: Path) -> Iterator[str]:
-    """Writes the run's model with the adapter folded in, its labels and its tokenizer to `target`.
+    """Writes the run's model with the adapter folded in, its labels, tokenizer and settings of generation to `target`.
 
     Raises JpeftError if the method cannot be merged or `target` holds files already.
     """
@@ -62,6 +65,11 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
     written = {**json.loads(path.read_text(encoding="utf-8")), **run.task.saved_config}
     path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     run.reader.tokenizer.save_pretrained(target)
+    source = packages.resolve(run.config.model.source)
+    if not source.endswith(".gguf"):
+        settings = local_folder(source) / "generation_config.json"
+        if settings.is_file():  # how transformers is to write with it
+            shutil.copyfile(settings, target / settings.name)
     yield f"merged into {target}; load it with jpeft.models.load({str(target)!r}) or with transformers"
     if run.config.model.base is not None:
         yield "note: the base is quantised, which cannot hold an adapter exactly; the merged model is in full precision"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -99,8 +103,30 @@ def test_from_folders_as_from_memory(tmp_path: Path) -> None:
     assert jnp.array_equal(parts.adapter[f"{AT}/fusion/query"], expected.adapter[f"{AT}/fusion/query"])
     assert jpeft.applied(made) == jpeft.applied(fused(2))  # what is recorded needs the folders no more
     jpeft.save_adapter(tmp_path / "fused", made)
-    again = jpeft.load_adapter(tmp_path / "fused", other)
-    assert jnp.array_equal(again(zoo.ids()), made(zoo.ids()))
+    # The other way round the same adapters have other numbers, which the arrays follow.
+    turned = jpeft.partition(jpeft.AdapterFusion(adapters=folders[::-1])(other, rngs=1)).buffers
+    assert all(jnp.array_equal(jnp.flip(turned[key], 1), value) for key, value in parts.buffers.items())
+    with pytest.raises(jpeft.JpeftError, match=r"there is no folder .*task-7"):
+        jpeft.AdapterFusion(adapters=[*folders, tmp_path / "task-7"])(other, rngs=1)
+
+    # What is saved is whole: another process has the same logits, and no need of the adapters it was made of.
+    hidden = [Path(folder).rename(f"{folder}-away") for folder in folders]
+    np.save(tmp_path / "logits.npy", made(zoo.ids()))
+    script = textwrap.dedent(
+        f"""
+        import numpy as np
+        from flax import nnx
+        import jpeft
+        from tests import zoo
+        config, task, settings = zoo.FAMILIES["bert-mean-classifier"]
+        base = jpeft.models.from_config(config, task=task, rngs=nnx.Rngs(0), **{{**settings, "num_labels": 5}})
+        model = jpeft.load_adapter({str(tmp_path / "fused")!r}, base)
+        assert np.array_equal(model(zoo.ids()), np.load({str(tmp_path / "logits.npy")!r}))
+        """
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(jpeft.__file__).parents[1])
+    for folder, away in zip(folders, hidden, strict=True):
+        away.rename(folder)
 
     jpeft.save_adapter(tmp_path / "wide", jpeft.Pfeiffer(bottleneck_size=4)(base(), rngs=0))
     with pytest.raises(jpeft.JpeftError, match=r"wide' holds .*bottleneck_size=4.* but .*bottleneck_size=3"):

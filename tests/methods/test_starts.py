@@ -84,6 +84,37 @@ def test_starts_from_the_weight_take_a_quantised_one_as_it_is_multiplied(init: s
     assert zoo.relative(jpeft.merge(moved, dequantize=True)(zoo.ids()), moved(zoo.ids())) < 1e-5
 
 
+def test_an_update_from_the_weight_and_a_plain_one_share_a_base(tmp_path: Any) -> None:
+    """In both orders, switched, and in one batch, where the first is what its file says: a plain update."""
+    model, ids = zoo.MODELS["llama"].make("float32"), zoo.ids()
+    untouched = {key: jnp.array(value) for key, value in jpeft.partition(model).frozen.items()}
+    pissa = jpeft.LoRA(rank=2, init="pissa", targets=["q_proj", "up_proj"], name="pissa")
+    plain = jpeft.LoRA(rank=4, targets=["q_proj", "up_proj"])
+
+    def trained(method: jpeft.Method) -> Any:
+        parts = jpeft.partition(method(model, rngs=0))
+        return jpeft.combine(parts.graphdef, {k: v + 0.05 for k, v in parts.adapter.items()}, *parts[2:])
+
+    one, other = trained(pissa), trained(plain)
+    first, second = trained(jpeft.compose(pissa, plain)), trained(jpeft.compose(plain, pissa))
+    assert zoo.relative(first(ids), second(ids)) < 1e-5
+    assert zoo.relative(first(ids), one(ids)) > 1e-3
+    assert zoo.relative(jpeft.merge(first)(ids), first(ids)) < 1e-5
+
+    as_plain = jpeft.load_peft(model, jpeft.save_peft(one, tmp_path / "pissa"))
+    assert zoo.relative(as_plain(ids), one(ids)) < 1e-5
+    parts = jpeft.partition(other)
+    arrays = [jpeft.partition(each)[1:3] for each in (as_plain, other)]
+    for adapter, buffers in arrays:
+        _, state, kept, frozen = parts
+        switched = jpeft.combine(parts.graphdef, {k: adapter[k] for k in state}, {k: buffers[k] for k in kept}, frozen)
+        assert zoo.relative(switched(ids), (one if adapter is arrays[0][0] else other)(ids)) < 1e-5
+    served = jpeft.partition(jpeft.multi(other, arrays))
+    rows = jpeft.combine(*served, adapter_ids=jnp.array([1, 0]))(ids)
+    assert zoo.relative(rows, jnp.stack([other(ids)[0], one(ids)[1]])) < 1e-5
+    assert all(bool(jnp.array_equal(jpeft.partition(model).frozen[key], value)) for key, value in untouched.items())
+
+
 def test_eva_starts_from_the_inputs_of_each_layer() -> None:
     """Components over two batches, one with padding, are those of all their tokens at once; ranks move."""
     model, rank = zoo.MODELS["llama"].make("float32"), 3

@@ -97,7 +97,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tie_word_embeddings": True,
         "initializer_range": 0.1,
     }
-    return _folder(tmp_path_factory.mktemp("llama"), config, "causal-lm")
+    folder = _folder(tmp_path_factory.mktemp("llama"), config, "causal-lm")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 4], "temperature": 0.6}')
+    return folder
 
 
 @pytest.fixture(scope="session")

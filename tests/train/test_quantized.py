@@ -38,6 +38,8 @@ def test_a_run_on_a_quantised_base(
     assert session.load_call(configs.load(path)).endswith("quantize='nf4')")
     (_, note) = use.merge(folder, tmp_path / "merged")
     assert re.match("note: the base is quantised", note)
+    for name in ("generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "merged" / name).read_text() == (llama / name).read_text()
     merged = jpeft.models.load(tmp_path / "merged")
     assert not jpeft.applied(merged)
     assert merged.layers.layer.mlp.up_proj.kernel.dtype == "float32"
