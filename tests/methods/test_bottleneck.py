@@ -100,6 +100,27 @@ def test_widths_by_layer_equal_adapters_of_their_own(tmp_path: Any) -> None:
         jpeft.Pfeiffer(bottleneck_pattern={"layers.7": 2})(base("llama"), rngs=0)
 
 
+def test_members_that_a_layer_has_not_take_no_part() -> None:
+    """Of three layers one has both adapters, one has one, one has none."""
+    method = jpeft.compose(
+        jpeft.Pfeiffer(targets="down", layers=[0], name="first"),
+        jpeft.Pfeiffer(targets="down", layers=[0, 1], name="second"),
+    )
+    stacked, listed = (method(zoo.UserModel(nnx.Rngs(0), stacked=form), rngs=0) for form in (True, False))
+    parts, apart = jpeft.partition(stacked), jpeft.partition(listed)
+    values = zoo.trained(parts, size=0.5)
+    each = {key: values[key.replace(f"/{key.split('/')[1]}/", "/", 1)][int(key.split("/")[1])] for key in apart.adapter}
+    ids = zoo.ids()
+    listed = jpeft.combine(apart.graphdef, each, apart.buffers, apart.frozen)
+    assert [getattr(layer.down, "name", None) for layer in listed.layers] == ["second", "second", None]
+    assert listed.layers[0].down.base.name == "first"
+    assert type(listed.layers[1].down.base) is type(listed.layers[2].down) is nnx.Linear
+    made = jpeft.combine(parts.graphdef, values, parts.buffers, parts.frozen)
+    assert zoo.relative(made(ids), listed(ids)) < 1e-5
+    without = {key: value * ("second" in key) for key, value in each.items()}
+    assert zoo.relative(jpeft.combine(apart.graphdef, without, *apart[2:])(ids), listed(ids)) > 1e-3
+
+
 def test_initial_values() -> None:
     key, scales = jax.random.key(0), {"lora": 1 / np.sqrt(3 * 64), "houlsby": 0.0088, "bert": 0.02}
     for init, scale in scales.items():
