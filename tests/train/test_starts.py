@@ -102,6 +102,15 @@ def test_lora_starts_from_the_first_batches(llama: Path, write: Callable[..., Pa
     assert jpeft.applied(session.open_run(folder).model)[0].rank_pattern == ranks  # it loads without the data
 
 
+def test_a_mesh_changes_no_start(llama: Path, write: Callable[..., Path]) -> None:
+    path = write(llama, "{name: lora, rank: 4, init: eva, eva_batches: 1, targets: [q_proj]}")
+    spread = ["mesh.data=2", "mesh.fsdp=4", "mesh.rules={embed_tokens: [null, fsdp]}"]
+    alone, cut = (jpeft.partition(made(path, *mesh)[0]) for mesh in ([], spread))
+    assert len(cut.frozen["layers/self_attn/q_proj/kernel"].sharding.device_set) == 8
+    for name, value in alone.adapter.items():
+        assert np.allclose(np.asarray(cut.adapter[name]), value, atol=1e-4)
+
+
 def test_a_plan_has_starts_from_what_it_cannot_see(llama: Path, write: Callable[..., Path]) -> None:
     for method, base in (("{name: lora, init: eva}", "null"), ("{name: lora, init: loftq}", "int8")):
         config = configs.load(write(llama, method, base=base))
