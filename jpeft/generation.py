@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft import kv_cache, surgery
 from jpeft.baking import bake
@@ -100,6 +101,8 @@ def generate(
     graphdef, *arrays = partition(model)
     rows = None if adapter_ids is None else np.asarray(adapter_ids)
     made, steps = _generate(graphdef, tuple(arrays), rows, *padded, drawing, plan)
+    if not made.is_fully_addressable and isinstance(made.sharding, NamedSharding):  # each process has some rows
+        made = jax.jit(lambda x: x, out_shardings=NamedSharding(made.sharding.mesh, PartitionSpec()))(made)
     first = np.full((len(ids), 1), _config(model, "decoder_start_token_id"), np.int32) if seq2seq else ids
     return np.concatenate([first, np.asarray(made)[:, : int(steps)]], axis=1)
 

@@ -148,8 +148,16 @@ class Batches:
         self._task, self._examples, self._seed, self._chunk = task, examples, seed, chunk
         self.width = task.width(examples) if width is None else width
 
-    def __call__(self, window: Window, rows: int) -> dict[str, np.ndarray]:
-        """A batch of `rows` rows, of which the window's come first; arrays [B, ...]."""
+    def __call__(self, window: Window, rows: int, places: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """A batch of `rows` rows, of which the window's come first; arrays [B, ...].
+
+        places: which of the rows are wanted, in ascending order; default all.
+        """
+        if places is not None:
+            if not any(place < len(window.rows) for place in places):  # what fills up is made from the first row
+                return {name: array[1:] for name, array in self(window, rows, [0, *places]).items()}
+            kept = tuple(window.rows[place] for place in places if place < len(window.rows))
+            return self(dataclasses.replace(window, rows=kept), len(places))
         chosen = [self._example(row, window.epoch) for row in window.rows]
         made = self._task.targets(chosen, window.length, self.width)
         empty = rows - len(chosen)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.errors import JpeftError
+from train import processes
 
 _PART = "state"
 
@@ -56,7 +57,8 @@ class State:
 class Checkpoints:
     """The checkpoints of a run in `folder`, of which the latest `keep` stay.
 
-    every: steps between two of them; minutes: and at the latest after this time, whichever comes first.
+    every: steps between two of them; minutes: and at the latest after this time, whichever comes first. Of several
+    processes none goes by its own clock: they agree and set `late`.
     """
 
     def __init__(self, folder: Path, *, keep: int, every: int, minutes: float, say: Callable[[str], None]):
@@ -64,6 +66,7 @@ class Checkpoints:
 
         self._folder, self._every, self._seconds, self._say = folder, every, 60 * minutes, say
         self._last_time = time.monotonic()
+        self.late = False
         try:
             self._orbax = ocp.training.Checkpointer(
                 folder.absolute(),
@@ -93,9 +96,14 @@ class Checkpoints:
         """The step of the latest checkpoint that is whole."""
         return None if self._orbax.latest is None else int(self._orbax.latest.step)
 
+    @property
+    def overdue(self) -> bool:
+        """Whether the last one is longer ago than `minutes`, by the clock of this process."""
+        return time.monotonic() - self._last_time >= self._seconds
+
     def due(self, step: int) -> bool:
         """Whether the run should be saved after `step`."""
-        return step % self._every == 0 or time.monotonic() - self._last_time >= self._seconds
+        return step % self._every == 0 or self.late or (jax.process_count() == 1 and self.overdue)
 
     def save(self, step: int, state: State) -> None:
         """Begins to write the state after `step`; waits only for the checkpoint before.
@@ -107,6 +115,7 @@ class Checkpoints:
         if broken:
             raise JpeftError(f"after step {step}, {', '.join(broken[:4])} is not finite any more")
         self.wait()
+        self.late = False
         if self.latest == step:
             return
         # The next step donates its arrays, while the thread still writes them.
@@ -142,13 +151,16 @@ class Checkpoints:
         steps = [int(entry.step) for entry in reversed(self._orbax.checkpoints)]
         damaged, reason = [], ""
         for step in steps:
+            fault = ""
             try:
                 arrays = self._orbax.load_checkpointables(step, {_PART: abstract})[_PART]
                 notes = dict(self._orbax.metadata(step).custom_metadata or {})
                 state = like.filled(arrays, notes)
             except Exception as error:  # whatever a damaged file makes Orbax raise
+                fault = _first_line(error)
+            reason = next(filter(None, processes.gathered(fault)), "")
+            if reason:
                 damaged.append(step)
-                reason = _first_line(error)
                 self._say(f"warning   the checkpoint of step {step} cannot be read: {reason}")
                 continue
             for other in damaged:  # the run comes to these steps again

@@ -6,6 +6,7 @@ JAX and everything that brings it are imported inside the commands, so that help
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import sys
@@ -77,21 +78,54 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check everything, say what the run takes, train nothing and load no weights."),
     ] = False,
+    processes: Annotated[
+        str | None,
+        typer.Option(
+            help="How many processes run this command as one; auto on TPU virtual machines. Default: as SLURM, Open "
+            "MPI or GKE has started them.",
+            envvar="JAX_NUM_PROCESSES",
+            metavar="N|auto",
+        ),
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(help="Which of them this is, from 0. Default: from the launcher.", envvar="JAX_PROCESS_ID"),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            help="Host of process 0 and a free port on it. Default: from the launcher.",
+            envvar="JAX_COORDINATOR_ADDRESS",
+            metavar="HOST:PORT",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model as CONFIG.yaml describes, and score it before, during and after.
 
     The same command again goes on where a run was stopped or killed, and says so when the run is finished. Exit codes:
     0 finished, 2 a mistake to mend (the message says which), 130 stopped by Ctrl-C, 143 stopped by SIGTERM; a stopped
-    run is saved first.
+    run is saved first. 75: another process of the run ended.
+
+    Several processes run the same command with a mesh, such as mesh.data=-1, and a folder that all can write. srun,
+    mpirun and GKE's TPU slices need no option; TPU virtual machines take --processes auto; with any other launcher give
+    all three (torchrun: $WORLD_SIZE, $RANK, and $MASTER_ADDR with a port other than its own). docs/pods.md has recipes.
 
     Example: jpeft train configs/quickstart.yaml training.learning_rate=1e-3 method.rank=16
     """
+    from train.launch import group_of, supervised
     from train.stopping import Stopped
 
     try:
+        group = group_of(processes, process_id, coordinator, os.environ)
+    except ValueError as fault:
+        raise typer.BadParameter(str(fault)) from None
+    code = None if group is None else supervised()
+    if code is not None:
+        raise typer.Exit(code)
+    try:
         from train import run
 
-        (run.plan if dry_run else run.train)(config, overrides or [])
+        (run.plan if dry_run else run.train)(config, overrides or [], group=group)
     except Stopped as stop:
         raise typer.Exit(stop.exit_code) from None
     except KeyboardInterrupt:
@@ -266,7 +300,7 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        if type(error).__name__ != "JpeftError":
+        if "JpeftError" not in (kind.__name__ for kind in type(error).__mro__):
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

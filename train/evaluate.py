@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 import jpeft
 from jpeft.errors import JpeftError
-from train import batches, placing, session
+from train import batches, placing, processes, session
 from train.data import TaskData
 from train.examples import Reader
 from train.generation import generate_texts
@@ -40,7 +40,7 @@ class Evaluator:
     """Scores an adapter on the held-out rows of a task.
 
     parts: `(graphdef, buffers, frozen)` of the partitioned model. buckets: lengths to pad to. batch_size: rows at once.
-    mesh: over which model and batches are spread.
+    mesh: over which model and batches are spread. `between` is called before each batch.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Evaluator:
         self._graphdef, self._buffers, self._frozen = parts
         self._task, self._reader, self._evaluation = task, reader, evaluation
         self._buckets, self._batch_size, self._mesh = buckets, batch_size, mesh
+        self.between: Callable[[], None] = lambda: None
         self._score = make_scorer(self._graphdef, task.kind)
         # Tokens to write before an answer counts as not ending: the longest right one, and its end.
         if isinstance(task.kind, Completion):
@@ -108,14 +109,15 @@ class Evaluator:
         """Per example: summed loss, weight, what was predicted."""
         losses, weights = np.zeros(len(examples)), np.zeros(len(examples))
         outputs: list[Any] = [None] * len(examples)
-        feed = batches.Batches(self._task.kind, examples)
+        feed, size = batches.Batches(self._task.kind, examples), self._batch_size
+        own = placing.own_rows(self._mesh, size)
         for window in self._windows(examples):
-            batch = feed(window, self._batch_size)
-            loss, found = jax.device_get(
-                self._score(adapter, self._buffers, self._frozen, placing.put(batch, self._mesh))
-            )
+            self.between()
+            batch = placing.put(feed(window, size, None if own is None else own.tolist()), self._mesh, rows=size)
+            made = (*self._score(adapter, self._buffers, self._frozen, batch), batch["weights"])
+            loss, found, weight = jax.device_get(processes.whole(made, self._mesh))
             for at, row in enumerate(window.rows):
-                losses[row], weights[row], outputs[row] = loss[at], batch["weights"][at], found[at]
+                losses[row], weights[row], outputs[row] = loss[at], weight[at], found[at]
         return losses, weights, outputs
 
     def _choose(self, adapter: Any) -> list[str]:
@@ -133,6 +135,7 @@ class Evaluator:
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         said = [""] * len(prompts)
         for start in range(0, len(order), self._batch_size):
+            self.between()
             rows = order[start : start + self._batch_size]
             padded = rows + rows[:1] * (self._batch_size - len(rows))  # one shape, also for the last batch
             chosen = [prompts[row] for row in padded]

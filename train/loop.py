@@ -8,6 +8,7 @@ the numbers of the step before are fetched. A checkpoint after step N is written
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 
 import jpeft
 from jpeft.errors import JpeftError
-from train import placing, trackers
+from train import placing, processes, trackers
 from train.ahead import Ahead
 from train.batches import Window
 from train.checkpoints import Checkpoints, State
@@ -46,11 +47,12 @@ _CHEAP = frozenset({"loss", "perplexity"})
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step that was dispatched: its number from 1, its rows, and its numbers, which are still to come."""
+    """A step that was dispatched: its number from 1, its rows, and its numbers and votes, which are still to come."""
 
     number: int
     window: Window
     found: dict[str, jax.Array]
+    votes: jax.Array | None = None
 
 
 class Loop:
@@ -86,6 +88,7 @@ class Loop:
             evaluation.batch_size or 4 * config.training.batch_size,
             mesh,
         )
+        self.votes = processes.Votes(mesh)
         self.done = 0
 
     @property
@@ -101,7 +104,7 @@ class Loop:
         """
         settings = self.config.checkpoints
         with (
-            Stopping() as stopping,
+            Stopping(raising=jax.process_count() == 1) as stopping,
             Checkpoints(
                 self.folder.checkpoints,
                 keep=settings.keep,
@@ -110,6 +113,7 @@ class Loop:
                 say=self.display.say,
             ) as saved,
         ):
+            self.evaluator.between = functools.partial(self._vote, stopping)
             found = saved.restore(self.state)
             if found is not None:
                 self.done, self.state = found
@@ -118,7 +122,7 @@ class Loop:
                 self.display.say(
                     f"resumed   after step {self.done} of {self.plan.steps}, from {self.folder.checkpoints}"
                 )
-            with trackers.open_trackers(self.config, self.folder.path, after=self.done) as log:
+            with self._trackers() as log:
                 try:
                     before = self._before(log)
                     self._train(log, saved, stopping)
@@ -126,22 +130,42 @@ class Loop:
                 except Stopped as stop:
                     self._stopped(stop, saved)
                     raise
-        write_whole(self.folder.path / AFTER, json.dumps(dataclasses.asdict(after)) + "\n")
+        self._write(AFTER, after)
         return before, after
+
+    def _trackers(self) -> Trackers:
+        """Those of the run; of several processes the first has them."""
+        if not processes.first():
+            return Trackers()
+        return trackers.open_trackers(self.config, self.folder.path, after=self.done)
+
+    def _write(self, name: str, score: Score) -> None:
+        if processes.first():
+            write_whole(self.folder.path / name, json.dumps(dataclasses.asdict(score)) + "\n")
+
+    def _vote(self, stopping: Stopping) -> None:
+        """Between the batches of an evaluation: raises Stopped if any process was asked to stop."""
+        self.votes.count(self.votes.cast(stopping.asked))
+        self._obey()
+
+    def _obey(self) -> None:
+        if self.votes.stop:
+            raise Stopped(self.votes.stop)
 
     def _before(self, log: Trackers) -> Score:
         path, best = self.folder.path / BEFORE, self.config.evaluation.best
-        if path.is_file() and self.done:
-            score = Score(**json.loads(path.read_text(encoding="utf-8")))
+        known = processes.from_first(lambda: path.read_text(encoding="utf-8") if path.is_file() and self.done else "")
+        if known:
+            score = Score(**json.loads(known))
         else:
             score = self._evaluate(0, log, "before", answers=True)
-            write_whole(path, json.dumps(dataclasses.asdict(score)) + "\n")
+            self._write(BEFORE, score)
         if best is not None and best not in score.metrics:
             raise JpeftError(f"evaluation.best: no metric {best!r}; there are {', '.join(score.metrics)}")
         return score
 
     def _train(self, log: Trackers, saved: Checkpoints, stopping: Stopping) -> None:
-        kept = trackers.read(self.folder.path / trackers.METRICS)[0]
+        kept = processes.from_first(lambda: trackers.read(self.folder.path / trackers.METRICS)[0])
         clockwork = Clockwork(self, log, Health(self.config.training.divergence), kept)
         scored = {entry["step"] for entry in kept if "evaluation" in entry}
         if self.done and self.done not in scored:  # the run was stopped while it evaluated
@@ -161,9 +185,11 @@ class Loop:
                         self.done += 1
                         if isinstance(window, StreamedWindow):
                             self.state.notes["at"] = window.behind
-                        clockwork.dispatched(Step(self.done, window, found))
+                        votes = self.votes.cast(stopping.asked, saved.overdue)
+                        clockwork.dispatched(Step(self.done, window, found, votes))
                         pause = self.done % self.plan.every == 0 or saved.due(self.done) or self.done == self.plan.steps
                         self._checked(clockwork, saved, 0 if pause else 1)
+                    self._obey()
                     if pause:
                         self._pause(log, saved, stopping)
                         clockwork.paused()
@@ -182,7 +208,7 @@ class Loop:
             yield from coming
         except JpeftError as error:
             self._checked(clockwork, saved, 0)
-            if not self.done:
+            if not self.done or jax.process_count() > 1:  # which others may not have met, and saving takes all
                 raise
             self._save(saved)
             raise JpeftError(
@@ -198,11 +224,15 @@ class Loop:
                 self._save(saved)
 
     def _batch(self, window: Window) -> dict[str, jax.Array]:
-        return placing.put(self.plan.batch(window), self.mesh, axis=1)
+        rows = self.config.training.batch_size
+        own = placing.own_rows(self.mesh, rows)
+        return placing.put(self.plan.batch(window, own), self.mesh, axis=1, rows=rows)
 
     def _checked(self, clockwork: Clockwork, saved: Checkpoints, flying: int) -> None:
         """Records the steps but for the latest `flying`; a fault among them ends the run."""
         fault = clockwork.collect(flying)
+        saved.late = saved.late or self.votes.late
+        self.votes.late = False
         if fault is None:
             return
         number, window, words = fault
@@ -327,6 +357,7 @@ class Clockwork:
         while len(self._flying) > flying and fault is None:
             step = self._flying.popleft()
             metrics = {name: float(value) for name, value in jax.device_get(step.found).items()}
+            self._loop.votes.count(step.votes)
             words = self._health.fault(metrics)
             fault = (step.number, step.window, words) if words else None
             if fault is None:

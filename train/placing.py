@@ -19,11 +19,19 @@ def mesh_of(config: Config) -> Mesh | None:
 
     Raises JpeftError for sizes that the devices here do not make up, and for batches that cannot be dealt out evenly.
     """
-    sizes = config.mesh.model_dump(exclude={"rules"})
-    if all(size == 1 for size in sizes.values()):
+    sizes = config.mesh.model_dump(include=set(AXES))
+    several = jax.process_count() > 1
+    if several and not jax.distributed.is_initialized():
+        raise JpeftError(
+            f"mesh: the devices here are those of {jax.process_count()} processes, which this one has not joined; give "
+            "--processes auto to jpeft train, on every host"
+        )
+    if all(size == 1 for size in sizes.values()) and not several:
         return None
-    if jax.process_count() > 1:
-        raise JpeftError("mesh: several processes are for the library only so far (docs/sharding.md)")
+    if several and -1 not in sizes.values() and np.prod(list(sizes.values())) == 1:
+        raise JpeftError(
+            f"mesh: {jax.process_count()} processes need a mesh; mesh.data=-1 deals batches out to all their devices"
+        )
     mesh = jpeft.make_mesh(**sizes)
     if mesh.size == 1:
         return None
@@ -52,12 +60,35 @@ def rules_of(config: Config) -> Rules:
     return made
 
 
-def put(batch: dict[str, Any], mesh: Mesh | None, axis: int = 0) -> dict[str, Any]:
-    """A batch on its device or devices; axis: of the rows."""
+def own_rows(mesh: Mesh | None, rows: int) -> np.ndarray | None:
+    """Which of `rows` rows of a batch lie on devices of this process, in order; None: all, for there is no other."""
+    if mesh is None or jax.process_count() == 1:
+        return None
+    found = rows_along(mesh, 0).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in found.values() if index is not None]))
+
+
+def put(batch: dict[str, Any], mesh: Mesh | None, axis: int = 0, rows: int | None = None) -> dict[str, Any]:
+    """A batch on its device or devices; axis: of the rows.
+
+    rows: of the whole batch, where `batch` has only the rows of this process (`own_rows`).
+    """
     if mesh is None:
         return jax.device_put(batch)
     sharding = rows_along(mesh, axis)
-    return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+    own = None if rows is None else own_rows(mesh, rows)
+    if own is None:
+        return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+
+    def place(array: Any) -> jax.Array:
+        shape = (*array.shape[:axis], rows, *array.shape[axis + 1 :])
+
+        def part(index: Any) -> np.ndarray:
+            return np.take(array, np.searchsorted(own, np.arange(rows or 0)[index[axis]]), axis)
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: place(array) for name, array in batch.items()}
 
 
 def rows_along(mesh: Mesh, axis: int) -> NamedSharding:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 import jpeft
 from train import batches
 from train.data import TaskData
@@ -84,8 +86,12 @@ class Plan:
         rows = window.chunk.rows if isinstance(window, StreamedWindow) else self._task.train_rows
         return (rows.place(example.row) for example in self.examples(window))
 
-    def batch(self, window: batches.Window) -> dict[str, Any]:
-        """The arrays of a step, [A, B, ...]: A micro-batches of B rows."""
+    def batch(self, window: batches.Window, own: np.ndarray | None = None) -> dict[str, Any]:
+        """The arrays of a step, [A, B, ...]: A micro-batches of B rows; own: of those rows only these, ascending."""
+        places = None
+        if own is not None:
+            size = self.per_step // self.accumulation
+            places = (size * np.arange(self.accumulation)[:, None] + own).ravel().tolist()
         feed = self._feed
         if isinstance(window, StreamedWindow):
             # As wide as the first rows take, unless one is wider: a program more, not one for each chunk.
@@ -93,7 +99,7 @@ class Plan:
             width = first if kind.width(self.examples(window)) <= first else self._widest
             chunk = window.chunk
             feed = batches.Batches(kind, chunk.examples, self._seed, chunk=chunk.number, width=width)
-        return batches.split(feed(window, self.per_step), self.accumulation)
+        return batches.split(feed(window, self.per_step, places), self.accumulation)
 
     def sentence(self, evaluation_shapes: int | None = None) -> str:
         """The steps and shapes in a line; further ones for a mixture, and if the steps are fewer than `max_steps`."""

@@ -186,6 +186,9 @@ class MeshConfig(Section):
         description="where weights lie, by target, before the model's own rules: {embed_tokens: []} keeps it whole, "
         "{down_proj: [tensor, fsdp]} cuts its inputs and outputs",
     )
+    heartbeat_timeout: Positive = Field(
+        100, description="several processes: seconds after which one that is not heard of counts as dead"
+    )
 
 
 class OutputConfig(Section):

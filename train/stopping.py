@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+_ECHO = 2.0  # seconds in which a signal that comes again is the same one
 
 
 class Stopped(BaseException):
@@ -28,12 +31,21 @@ class Stopping:
 
     A second signal ends the process as if there were no handler. Signals reach the main thread only; elsewhere this
     does nothing.
+
+    raising: with False a signal is only noted in `asked`, for a process that stops where others do. It may come twice,
+    from a scheduler and from the parent that passes it on, so only one that comes much later counts as the second.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, raising: bool = True) -> None:
         self._before: dict[int, Any] = {}
         self._asked: int | None = None
         self._depth = 0
+        self._raising, self._since = raising, 0.0
+
+    @property
+    def asked(self) -> int:
+        """The number of the signal that came, 0 if none did."""
+        return self._asked or 0
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():
@@ -47,11 +59,21 @@ class Stopping:
         self._before.clear()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if not self._raising:
+            self._note(number)
+            return
         for every, handler in self._before.items():
             signal.signal(every, handler)
         self._asked = number
         if not self._depth:
             raise Stopped(number)
+
+    def _note(self, number: int) -> None:
+        if self._asked is None:
+            self._asked, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > _ECHO:
+            self.__exit__()
+            signal.raise_signal(number)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -61,6 +83,6 @@ class Stopping:
             yield
         finally:
             self._depth -= 1
-        if self._asked is not None and not self._depth:
+        if self._raising and self._asked is not None and not self._depth:
             asked, self._asked = self._asked, None
             raise Stopped(asked)

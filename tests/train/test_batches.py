@@ -78,6 +78,18 @@ def test_arrays() -> None:
     assert made["weights"].tolist() == [2, 2, 0]
 
 
+@pytest.mark.parametrize("places", [[0, 1], [1, 3, 4], [4, 5]])
+def test_some_rows_of_a_batch(places: list[int]) -> None:
+    """They are those of the whole, for a process that has no others; what fills up has weight 0 either way."""
+    feed, window = batches.Batches(Text, examples([3, 5, 2, 4])), batches.Window((3, 1, 2), 6)
+    whole, some = feed(window, 6), feed(window, 6, places)
+    assert some.keys() == whole.keys()
+    for name, array in some.items():
+        assert array.shape == (len(places), *whole[name].shape[1:])
+        assert (array.dtype, array[0].tolist()) == (whole[name].dtype, whole[name][places[0]].tolist())
+    assert some["weights"].tolist() == whole["weights"][places].tolist()
+
+
 def test_padding_is_decided_by_the_mask_not_by_the_id() -> None:
     ids = np.array([0, 5, 0, 2], np.int32)
     made = batches.Batches(Text, [Example(ids, np.array([False, True, True, True]), 0)])(batches.Window((0,), 8), 1)
