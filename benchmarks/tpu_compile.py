@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import math
 import os
 import re
 import time
@@ -33,6 +32,7 @@ from jax.experimental import topologies
 import jpeft
 from jpeft.losses import causal_lm_loss
 from jpeft.sharding import batch_sharding
+from train.flops import flops
 
 # The sizes of Llama 3.2 1B, Llama 3.1 8B and 70B (Meta's config.json).
 SHAPES: dict[str, dict[str, Any]] = {
@@ -99,23 +99,6 @@ HEADER = Row(
     "TFLOP per chip",
     "compiled in, s",
 )
-
-
-def flops(jaxpr: Any) -> int:
-    """Of the matrix products of a program; XLA's own count takes the body of a loop once, however often it runs."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            contracted = equation.params["dimension_numbers"][0][0]
-            shared = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * shared * math.prod(equation.outvars[0].aval.shape)
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            inner = [
-                program for program in (value if isinstance(value, tuple) else (value,)) if hasattr(program, "eqns")
-            ]
-            total += times * sum(map(flops, inner))
-    return total
 
 
 def measure(shape: str, method: str, topology: str) -> Row:
