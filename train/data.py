@@ -124,7 +124,8 @@ def prepare(task: Task, train: Rows, test: Rows, tokenizer: Any, max_length: int
         counts[name] = +reader.counts
         if not made[name] or 0 in parts:
             said = "; ".join(f"{count} {what}" for what, count in counts[name].items()) or "there are none"
-            raise JpeftError(f"{rows.name}: no {name} rows are left: {said}")
+            first = f" of the first {len(rows)} (data.chunk reads more at a time)" if rows.stream is not None else ""
+            raise JpeftError(f"{rows.name}: no {name} rows are left{first}: {said}")
     stream = None if train.stream is None else Streamed(train.stream, task, new_reader)
     return TaskData(task, made["training"], made["held-out"], train, test, counts, tuple(parts), stream)
 

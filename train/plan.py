@@ -47,6 +47,11 @@ class Plan:
         self._mixture = _mixture(config, counts)
         self.steps, self._short = steps_of(training, self.per_epoch)
         self.every = config.evaluation.every or self.per_epoch
+        if task.stream is not None and len(task.train) < self.per_step:
+            self._short += (
+                f"\nwarning   data.chunk is {config.data.chunk:,}, and its first rows give {len(task.train)} to learn "
+                f"from, fewer than the {self.per_step} of a step, which then has no more; read more rows at a time"
+            )
         windows: list[batches.Window] = []
         epochs = math.ceil(self.steps / self.per_epoch)
         if task.stream is not None:

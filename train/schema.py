@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+# Steps are counted in 32 bits.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, Field(ge=-1)]
 
 
@@ -65,7 +66,7 @@ class DataConfig(Section):
     split: str = Field("train", description="split of a hub data set to train on")
     test_source: str | None = Field(None, description="file or hub id of the held-out rows")
     test_split: str | None = Field(None, description="split of the hub data set that is held out")
-    test_size: Annotated[int | float, Field(gt=0)] | None = Field(
+    test_size: Annotated[int | float, Field(gt=0, lt=2**31)] | None = Field(
         None, description="without test_source and test_split: rows (or a fraction of them) held out; default 0.1"
     )
     text: str | None = Field(None, description="column with the text (classification, plain language modelling)")

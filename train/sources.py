@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import csv
 import dataclasses
+import glob
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -110,9 +111,9 @@ def mixed(data: DataConfig, train: Rows, columns: Iterable[str]) -> Rows:
     if data.test_source is not None:
         seen["data.test_source"] = data.test_source
     for source in data.mix:
-        twice = next((key for key, other in seen.items() if _same(source, other)), None)
-        if twice is not None:
-            raise JpeftError(f"data.mix: {source} is {twice} already; give another source, or leave it out")
+        for key, other in seen.items():
+            if (twice := _same(source, other)) is not None:
+                raise JpeftError(f"data.mix: {source} {twice} {key} already; give another source, or leave it out")
         seen[f"{source} in data.mix"] = source
         parts.append(read(source))
     for part in parts:
@@ -170,11 +171,13 @@ def check_keys(data: DataConfig) -> None:
         raise JpeftError(
             f"data.subset: {data.subset!r} is for data sets of the hub, {data.source} is none; leave it out"
         )
-    if data.test_source is not None and _same(data.source, data.test_source):
+    shared = None if data.test_source is None else _same(data.test_source, data.source)
+    if shared is not None:
         if not hub:
             raise JpeftError(
-                f"data.test_source: {data.test_source} is data.source, so the held-out rows would be those to train "
-                "on; give another file, or leave test_source out and say how many rows to hold out with data.test_size"
+                f"data.test_source: {data.test_source} {shared} data.source, so the held-out rows would be those to "
+                "train on; give another file, or leave test_source out and say how many rows to hold out with "
+                "data.test_size"
             )
         if data.test_split is None:
             raise JpeftError(
@@ -190,16 +193,24 @@ def check_keys(data: DataConfig) -> None:
         )
 
 
-def _same(one: str, other: str) -> bool:
-    """Whether two sources are the same rows, by whatever path."""
+def _same(one: str, other: str) -> str | None:
+    """How a source has rows of another one, by whatever path: it `is` that, or `has files of` it."""
 
-    def real(source: str) -> str:
+    def real(source: str) -> set[str]:
         if source.removeprefix(packages.PREFIX) in packages.DATASETS:
-            return source
+            return {source}
         source = packages.resolve(expanded(source))
-        return source if on_hub(source) else str(Path(source).resolve())
+        path = Path(source)
+        return (
+            {source}
+            if on_hub(source)
+            else {str(file.resolve()) for file in (_listed(path) if path.is_dir() else [path])}
+        )
 
-    return one == other or real(one) == real(other)
+    if one == other:
+        return "is"
+    found, among = real(one), real(other)
+    return "is" if found == among else "has files of" if found & among else None
 
 
 def read(source: str, subset: str | None = None, split: str = "train") -> Rows:
@@ -244,7 +255,7 @@ def files_in(path: Path) -> list[Path]:
     if not path.is_dir():
         check_file(path)
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in _FORMATS and not file.name.startswith("."))
+    files = _listed(path)
     if not files:
         raise JpeftError(f"{path}: there are no rows in this folder; files end in {', '.join(_FORMATS)}")
     other = next((file for file in files if file.suffix != files[0].suffix), None)
@@ -258,8 +269,18 @@ def files_in(path: Path) -> list[Path]:
     return files
 
 
+def _listed(path: Path) -> list[Path]:
+    """What is in a folder under the name of a file of rows."""
+    try:
+        return sorted(file for file in path.iterdir() if file.suffix in _FORMATS and not file.name.startswith("."))
+    except OSError as error:
+        raise JpeftError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 def check_file(path: Path) -> None:
     """Raises JpeftError for what is no file of a known format, or an empty one."""
+    if path.exists() and not path.is_file():
+        raise JpeftError(f"{path}: a {'folder' if path.is_dir() else 'device'} that is named like a file; give a file")
     if not path.is_file():
         beside = [str(p) for p in path.parent.glob("*") if p.suffix in _FORMATS] if path.parent.is_dir() else []
         near = f"; nearest: {', '.join(nearest(str(path), beside, 3))}" if beside else ""
@@ -280,7 +301,7 @@ def _parquet(path: Path, files: Sequence[Path]) -> Rows:
     for file in files:
         try:
             with _quiet():
-                tables.append(datasets.load_dataset("parquet", data_files=str(file), split="train"))
+                tables.append(datasets.load_dataset("parquet", data_files=glob.escape(str(file)), split="train"))
         except Exception as error:  # datasets raises whatever its parsers do
             raise JpeftError(f"{file}: cannot be read: {error.__cause__ or error}") from error
         if tables[-1].features != tables[0].features:
@@ -307,18 +328,26 @@ class Line(NamedTuple):
 def text_rows(path: Path) -> Iterator[tuple[Line, dict[str, Any]]]:
     """(line, row) of a json, jsonl, csv or tsv file. Raises JpeftError where it comes to what is wrong with one."""
     rows = _separated(path) if path.suffix in (".csv", ".tsv") else _json_rows(path)
-    return ((Line(path, number), row) for number, row in rows)
+    try:
+        for number, row in rows:
+            yield Line(path, number), row
+    except UnicodeDecodeError as error:  # which does not know its line
+        _check_utf8(path)
+        raise JpeftError(f"{path}: not UTF-8 text: {error.reason}") from None
+    except OSError as error:
+        raise JpeftError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def table(name: str, numbered: Sequence[tuple[Line, dict[str, Any]]]) -> Rows:
-    """These rows of text files of one format; name: of all of them together."""
+def table(name: str, numbered: Sequence[tuple[Line, dict[str, Any]]], known: Sequence[str] = ()) -> Rows:
+    """These rows of text files of one format; name: of all of them together. known: columns of the rows before."""
     import datasets
     import pyarrow as pa
 
     lines = [line for line, _ in numbered]
-    columns = dict.fromkeys(column for _, row in numbered for column in row)
+    columns = dict.fromkeys([*known, *(column for _, row in numbered for column in row)])
     if lines and lines[0].path.suffix in (".csv", ".tsv"):
-        odd = next((line for line, row in numbered if len(row) < len(columns)), None)
+        short = len(known) or len(columns)
+        odd = next((line for line, row in numbered if not short == len(row) == len(columns)), None)
         if odd is not None:
             raise JpeftError(f"{name}: the files do not have the same columns: {', '.join(columns)} (see {odd})")
         typed = {column: pa.array([row[column] for _, row in numbered], pa.string()) for column in columns}
@@ -466,8 +495,6 @@ def _separated(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     f"{path}, line {begin}: {error}; a field that begins with a double quote ends with one, and one "
                     "inside it is written twice"
                 ) from None
-            except UnicodeDecodeError as error:
-                raise JpeftError(f"{path}, after line {begin - 1}: not UTF-8 text: {error.reason}") from None
     finally:
         csv.field_size_limit(limit)
 

@@ -35,7 +35,8 @@ class Stream:
         sources.check_keys(data)
         self._data = data
         self._held_out = int(data.test_size or 0)
-        self._kinds: dict[str, str] = {}
+        self._features: dict[str, Any] = {}  # of each column, as the first rows had it that held something
+        self._columns: tuple[str, ...] = ()
 
     def first(self) -> Rows:
         """The first chunk, with this stream behind it. Raises JpeftError if there is no row to train on."""
@@ -49,7 +50,7 @@ class Stream:
         """The rows at the front of the source that `data.test_size` keeps from training."""
         read = self._read()
         rows = list(itertools.islice(read.rows, self._held_out))
-        return read.table(rows) if rows else self.first()
+        return read.table(rows, self._columns) if rows else self.first()
 
     def chunks(self, number: int) -> Iterator[Rows]:
         """One pass over the source from chunk `number` on."""
@@ -57,19 +58,26 @@ class Stream:
         begin, end = self._held_out, None if self._data.limit is None else self._held_out + self._data.limit
         rows = itertools.islice(read.rows, begin + number * self._data.chunk, end)
         while chunk := list(itertools.islice(rows, self._data.chunk)):
-            yield self._alike(read.table(chunk))
+            made = read.table(chunk, self._columns)
+            self._columns = self._columns or tuple(made.dataset.column_names)
+            yield self._alike(made)
 
     def _alike(self, rows: Rows) -> Rows:
         """`rows`, whose columns hold what they held in the chunks before. Raises JpeftError where one does not."""
+        table = rows.dataset
         for column, feature in rows.dataset.features.items():
             kind = sources.kind_of_feature(feature)
-            before = kind if kind == "null" else self._kinds.setdefault(column, kind)
-            if kind not in (before, "null"):
+            if kind == "null":  # which tasks take for a column that never holds anything
+                if column in self._features:
+                    table = table.cast_column(column, self._features[column])
+                continue
+            before = sources.kind_of_feature(self._features.setdefault(column, feature))
+            if kind != before:
                 raise JpeftError(
                     f"{rows.place(0)}: from here on column {column!r} holds {kind}, before it held {before}; write one "
                     "kind in all rows"
                 )
-        return rows
+        return dataclasses.replace(rows, dataset=table)
 
     def _read(self) -> _Read:
         source = sources.expanded(self._data.source)
@@ -85,8 +93,7 @@ class Stream:
             return _parquet(files, source) if files[0].suffix == ".parquet" else _Text(files, source)
         split = self._data.split
         table = sources.from_hub(source, self._data.subset, split, streaming=True)
-        rows = ((f"{source} ({split}), row {number}", row) for number, row in enumerate(table))
-        return _Read(rows, source, table.features)
+        return _Read(_from_hub(table, f"{source} ({split})"), source, table.features)
 
 
 class _Read:
@@ -95,11 +102,19 @@ class _Read:
     def __init__(self, rows: Iterator[tuple[Any, dict[str, Any]]], name: str, features: Any = None):
         self.rows, self._name, self._features = rows, name, features
 
-    def table(self, placed: Sequence[tuple[Any, dict[str, Any]]]) -> Rows:
+    def table(self, placed: Sequence[tuple[Any, dict[str, Any]]], known: Sequence[str]) -> Rows:
+        """These rows. known: the columns of the rows before."""
         import datasets
 
         places = [place for place, _ in placed]
-        table = datasets.Dataset.from_list([row for _, row in placed], features=self._features)
+        columns = dict.fromkeys(self._features or [*known, *(column for _, row in placed for column in row)])
+        values = {column: [row.get(column) for _, row in placed] for column in columns}
+        try:
+            table = datasets.Dataset.from_dict(values, features=self._features)
+        except Exception as error:  # datasets and pyarrow raise whatever their conversions do
+            raise JpeftError(
+                f"{places[0]} to {places[-1]}: a column cannot hold what is there: {error.__cause__ or error}"
+            ) from error
         return Rows(table, lambda index: str(places[index]), self._name)
 
 
@@ -109,8 +124,18 @@ class _Text(_Read):
     def __init__(self, files: Sequence[Path], name: str):
         super().__init__((row for file in files for row in sources.text_rows(file)), name)
 
-    def table(self, placed: Sequence[tuple[Any, dict[str, Any]]]) -> Rows:
-        return sources.table(self._name, placed)
+    def table(self, placed: Sequence[tuple[Any, dict[str, Any]]], known: Sequence[str]) -> Rows:
+        return sources.table(self._name, placed, known)
+
+
+def _from_hub(table: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    try:
+        for row in table:
+            yield f"{name}, row {number}", row
+            number += 1
+    except Exception as error:  # of the connection, or of the parsers of datasets
+        raise JpeftError(f"{name}, row {number}: cannot be read: {error.__cause__ or error}") from error
 
 
 def _parquet(files: Sequence[Path], name: str) -> _Read:
@@ -124,6 +149,18 @@ def _parquet(files: Sequence[Path], name: str) -> _Read:
         except (pa.ArrowException, OSError) as error:
             raise JpeftError(f"{path}: cannot be read: {error}") from error
 
+    def features(path: Path) -> Any:
+        with opened(path) as file:
+            try:
+                return datasets.Features.from_arrow_schema(file.schema_arrow)
+            except ValueError as error:  # of types that datasets has not
+                raise JpeftError(f"{path}: cannot be read: {error}") from error
+
+    alike = features(files[0])
+    for path in files[1:]:
+        if features(path) != alike:
+            raise JpeftError(f"{path}: its columns are not those of {files[0].name}; write them alike")
+
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         for path in files:
             number = 0
@@ -135,7 +172,7 @@ def _parquet(files: Sequence[Path], name: str) -> _Read:
             except (pa.ArrowException, OSError) as error:
                 raise JpeftError(f"{path}, after row {number}: cannot be read: {error}") from error
 
-    return _Read(rows(), name, datasets.Features.from_arrow_schema(opened(files[0]).schema_arrow))
+    return _Read(rows(), name, alike)
 
 
 @dataclasses.dataclass(frozen=True)

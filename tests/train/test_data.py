@@ -466,3 +466,26 @@ def test_packaged_data(name: str) -> None:
     assert len(set(rows.dataset["label"])) == labels
     assert all(text.strip() for text in rows.dataset["text"])
     assert "line" in rows.place(0)
+
+
+def test_a_file_of_a_folder_is_not_held_out_from_it(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    part = str(tmp_path / "a.jsonl")
+    with pytest.raises(JpeftError, match=r"data\.test_source: .*a\.jsonl has files of data\.source"):
+        sources.load(DataConfig(source=str(tmp_path), text="text", test_source=part))
+    data = DataConfig(source=part, text="text", mix={str(tmp_path): 1.0})
+    with pytest.raises(JpeftError, match=r"data\.mix: .* has files of data\.source already"):
+        sources.mixed(data, sources.read(part), ["text"])
+
+
+def test_names_that_read_like_patterns(tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "part [1]*"
+    folder.mkdir()
+    datasets.Dataset.from_list(ROWS).to_parquet(str(folder / "rows?.parquet"))
+    assert len(sources.read(str(folder))) == len(ROWS)
+    (folder / "more.parquet").mkdir()
+    with pytest.raises(JpeftError, match=r"more\.parquet: a folder that is named like a file"):
+        sources.read(str(folder))

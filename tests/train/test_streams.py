@@ -144,7 +144,7 @@ def test_a_dry_run_counts_on_the_first_rows(streamed: Path) -> None:
             ['{"text": ["x"], "answer": "red"}'] * 3,
             "line 7: from here on column 'text' holds a list, before it held text",
         ),
-        (['{"answer": "red"}'] * 5, "no column 'text'"),
+        (['{"text": "a"}'] * 5, "line 7: the label is missing"),
     ],
 )
 def test_faults_of_later_rows(jsonl: Callable[..., Path], tokenizer: Any, bad: list[str], said: str) -> None:
@@ -159,8 +159,101 @@ def test_faults_of_later_rows(jsonl: Callable[..., Path], tokenizer: Any, bad: l
 
 
 @pytest.mark.parametrize(
+    "empty", [{}, {"text": None, "answer": None}, {"answer": "red"}, {"text": "", "other": 1}], ids=repr
+)
+def test_a_chunk_of_rows_without_content_is_counted(jsonl: Callable[..., Path], tokenizer: Any, empty: Any) -> None:
+    """As such rows are where others are read with them."""
+    from train.examples import Reader
+
+    settings = DataConfig(
+        source=str(jsonl([*ROWS[:6], *[empty] * 4, *ROWS[6:]])), streaming=True, text="text", test_size=2, chunk=4
+    )
+    streamed = Streamed(Stream(settings), task_of(settings), lambda: Reader(tokenizer, 32))
+    made = [window for _, window in zip(range(6), streamed.windows((0, 0, 0), (8, 32), 4, 5), strict=False)]
+    assert [(window.chunk.epoch, window.chunk.number) for window in made] == [
+        (0, 0), (0, 2), (0, 3), (1, 0), (1, 2), (1, 3)
+    ]  # fmt: skip
+    assert streamed.counts["rows without text left out"] >= 4
+
+
+def test_a_chunk_without_words_is_counted(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+    from train.examples import Reader
+
+    rows = [{"words": ["one", "two"], "tags": ["O", "B-X"]}] * 4
+    settings = DataConfig(
+        source=str(jsonl([*rows, *[{"words": None, "tags": None}] * 2, *rows])),
+        **{"streaming": True, "tokens": "words", "tags": "tags", "labels": ["O", "B-X"], "test_size": 2, "chunk": 2},
+    )
+    streamed = Streamed(Stream(settings), task_of(settings), lambda: Reader(tokenizer, 32))
+    made = [window.chunk.number for _, window in zip(range(4), streamed.windows((0, 0, 0), (8,), 2, 5), strict=False)]
+    assert made == [0, 2, 3, 0]
+    assert streamed.counts["rows without words left out"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.json", b'[{"text": "a"},\n {"text": "\xff"}]', "rows.json, line 2: not UTF-8 text"),
+        ("rows.csv", b"text\na\nb\n\xff\n", "rows.csv, line 4: not UTF-8 text"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "rows.jsonl, line 2: not UTF-8 text"),
+    ],
+)
+def test_bytes_that_are_no_text(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    settings = DataConfig(source=str(tmp_path / name), streaming=True, text="text", test_size=1, chunk=4)
+    with pytest.raises(JpeftError, match=said):
+        list(Stream(settings).chunks(0))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_files_of_other_columns_are_refused_at_any_chunk(tmp_path: Path, kind: str) -> None:
+    for name, rows in {"a": {"text": ["x"] * 4}, "b": {"text": ["x"] * 4, "more": ["y"] * 4}}.items():
+        getattr(datasets.Dataset.from_dict(rows), f"to_{kind}")(str(tmp_path / f"{name}.{kind}"))
+    for chunk in (3, 4):
+        settings = DataConfig(source=str(tmp_path), streaming=True, text="text", chunk=chunk, test_source="other.csv")
+        with pytest.raises(JpeftError, match="columns"):
+            list(Stream(settings).chunks(0))
+
+
+def test_a_type_that_no_table_has(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"text": ["a"], "map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(JpeftError, match=r"rows\.parquet: cannot be read: .*map"):
+        Stream(data(tmp_path / "rows.parquet")).first()
+
+
+@pytest.mark.parametrize(("later", "said"), [(None, "row 3: cannot be read: gone"), (["x"], "row 3 to .*row 3: a col")])
+def test_faults_of_the_hub(monkeypatch: pytest.MonkeyPatch, later: Any, said: str) -> None:
+    class Table:
+        features = None if later is None else datasets.Features({"text": datasets.Value("int64")})
+
+        def __iter__(self) -> Any:
+            yield from [{"text": 1}] * 3
+            if later is None:
+                raise ConnectionError("gone")
+            yield {"text": later}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **given: Table())
+    stream = Stream(DataConfig(source="who/rows", streaming=True, text="text", chunk=3, test_source="other.csv"))
+    with pytest.raises(JpeftError, match=rf"who/rows \(train\), {said}"):
+        list(stream.chunks(0))
+
+
+def test_a_chunk_smaller_than_a_step_is_said(streamed: Path) -> None:
+    console, display = quiet()
+    run.plan(streamed, ["data.chunk=3"], display)
+    said = " ".join(console.export_text().split())
+    assert "warning data.chunk is 3, and its first rows give 3 to learn from, fewer than the 4 of a step" in said
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
+        *((f"data.{key}={10**30}", "must be less than 2147483648") for key in ("chunk", "limit", "test_size")),
+        ("training.max_steps=2147483648", "must be less than 2147483648"),
         ("training.max_steps=null", "data.streaming: needs training.max_steps"),
         ("training.epochs=2", "data.streaming: needs training.max_steps, and no training.epochs"),
         ("data.test_size=0.1", "data.streaming: needs data.test_source, data.test_split, or a number of rows"),

@@ -11,7 +11,7 @@ import numpy as np
 from jpeft.errors import JpeftError
 from train.examples import Example, Reader
 from train.schema import DataConfig
-from train.sources import Rows, kind_of
+from train.sources import Rows, kind_of, kind_of_feature
 
 if TYPE_CHECKING:
     from train.session import Run
@@ -196,7 +196,7 @@ def check_columns(task: Task, rows: Rows) -> None:
             values = enumerate(rows.dataset.with_format(None)[column])
             at, value = next(((i, v) for i, v in values if v is not None), (0, None))
             if key in task.lists:
-                if isinstance(value, list):
+                if isinstance(value, list) or (value is None and kind_of_feature(feature) == "a list"):
                     continue
                 raise JpeftError(
                     f"{rows.place(at)}: column {column!r}, which data.{key} uses, holds {kind_of(value)}, not a list"
