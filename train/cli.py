@@ -304,3 +304,15 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # A device's full memory is a RuntimeError of JAX that says so in its text, the host's a MemoryError.
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = (str(error) or "no more can be had").splitlines()[0]
+        typer.echo(
+            f"error: out of memory: {reason}. A smaller training.batch_size (training.accumulation makes up for it), a "
+            "smaller data.max_length, model.remat=true or model.base=nf4 takes less; --dry-run says how much a run "
+            "takes",
+            err=True,
+        )
+        sys.exit(2)

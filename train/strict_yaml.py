@@ -149,6 +149,8 @@ def integer(node: Node) -> int:
     value = number(node)
     if not value.is_integer():
         raise NotThis(f"{show(node)} is not a whole number")
+    if abs(value) >= 2**63:  # which no array has a size or a value of
+        raise NotThis(f"{show(node)} is too large")
     text = str(node.value).replace("_", "")
     return int(text) if text.lstrip("+-").isdigit() else int(value)
 

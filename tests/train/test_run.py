@@ -310,6 +310,38 @@ def test_faults_on_the_command_line_are_one_message() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            MemoryError("Unable to allocate 9 GiB"),
+            "error: out of memory: Unable to allocate 9 GiB. A smaller training.",
+        ),
+        (MemoryError(), "error: out of memory: no more can be had. A smaller"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nBuffer 1"),
+            "memory: RESOURCE_EXHAUSTED: Out of",
+        ),
+    ],
+)
+def test_full_memory_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Exception, said: str
+) -> None:
+    from train import cli
+
+    def full() -> None:
+        raise fault
+
+    monkeypatch.setattr(cli, "app", full)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    fault = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
     "command", [[], ["train"], ["generate"], ["eval"], ["merge"], ["export"], ["methods"], ["report"]]
 )
 def test_help_imports_nothing_heavy(command: list[str]) -> None:

@@ -252,7 +252,8 @@ def test_a_chunk_smaller_than_a_step_is_said(streamed: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        *((f"data.{key}={10**30}", "must be less than 2147483648") for key in ("chunk", "limit", "test_size")),
+        *((f"data.{key}={10**12}", "must be less than 2147483648") for key in ("chunk", "limit", "test_size")),
+        *((f"{key}={10**30}", f"{key}: .* is too large") for key in ("data.chunk", "method.rank")),
         ("training.max_steps=2147483648", "must be less than 2147483648"),
         ("training.max_steps=null", "data.streaming: needs training.max_steps"),
         ("training.epochs=2", "data.streaming: needs training.max_steps, and no training.epochs"),
