@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,20 @@ def adapted(folder: Path, *, dropout: float = 0.0, **given: Any) -> Any:
     return model, graphdef, moved, buffers, frozen
 
 
-def update(parts: Any, size: int, accumulation: int, *, key: int = 0, number: int = 0, task: type[Task] = Text) -> Any:
+def updater(parts: Any, size: int, accumulation: int, task: type[Task] = Text) -> Callable[..., Any]:
+    """The function (key=, number=) -> (adapter after the step, its numbers), compiled once."""
     _, graphdef, adapter, buffers, frozen = parts
     transform = optax.sgd(1.0)  # shows the gradient itself
     step = make_step(graphdef, task, transform)
     window = batches.Window((0, 1, 2, 3)[: size * accumulation], 40)
-    batch = batches.Batches(task, rows())(window, size * accumulation)
-    adapter = jax.tree.map(jnp.copy, adapter)
-    found, _, metrics = step(
-        adapter,
-        transform.init(adapter),
-        buffers,
-        frozen,
-        batches.split(batch, accumulation),
-        jax.random.key(key),
-        jnp.int32(number),
-    )
-    return found, metrics
+    batch = batches.split(batches.Batches(task, rows())(window, size * accumulation), accumulation)
+
+    def update(*, key: int = 0, number: int = 0) -> Any:
+        state = jax.tree.map(jnp.copy, adapter), transform.init(adapter)
+        found, _, metrics = step(*state, buffers, frozen, batch, jax.random.key(key), jnp.int32(number))
+        return found, metrics
+
+    return update
 
 
 def assert_close(one: Any, other: Any, tolerance: float = 1e-6) -> None:
@@ -75,8 +73,8 @@ def assert_close(one: Any, other: Any, tolerance: float = 1e-6) -> None:
 @pytest.mark.parametrize("task", [Text, TokenClassification])
 def test_accumulation_weighs_by_tokens(llama: Path, bert: Path, size: int, accumulation: int, task: type[Task]) -> None:
     parts = adapted(llama) if task is Text else adapted(bert, task=task.head, num_labels=3)
-    whole, metrics = update(parts, size * accumulation, 1, task=task)
-    cut, same = update(parts, size, accumulation, task=task)
+    whole, metrics = updater(parts, size * accumulation, 1, task)()
+    cut, same = updater(parts, size, accumulation, task)()
     assert_close(whole, cut)
     assert float(metrics["loss"]) == pytest.approx(float(same["loss"]), rel=1e-6)
     assert any(float(jnp.abs(whole[name] - parts[2][name]).max()) > 1e-3 for name in whole)
@@ -85,14 +83,14 @@ def test_accumulation_weighs_by_tokens(llama: Path, bert: Path, size: int, accum
 def test_what_methods_add_to_the_loss_counts_once_in_a_step(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the step is cut; the loss that it reports is the task's."""
     parts = adapted(llama)
-    plain, metrics = update(parts, 2, 2)
+    plain, metrics = updater(parts, 2, 2)()
 
     def penalty(model: Any) -> jax.Array:
         squares = [jnp.sum(value**2) for value in jpeft.partition(model).adapter.values()]
         return 0.5 * jnp.sum(jnp.stack(squares))
 
     monkeypatch.setattr(jpeft, "penalty", penalty)
-    held, same = update(parts, 2, 2)
+    held, same = updater(parts, 2, 2)()
     assert_close(held, {name: value - parts[2][name] for name, value in plain.items()})
     assert float(same["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
 
@@ -135,10 +133,11 @@ def test_a_batch_without_targets_changes_nothing(llama: Path) -> None:
 
 def test_dropout_is_a_function_of_key_and_step(llama: Path) -> None:
     parts = adapted(llama, dropout=0.5)
-    first, _ = update(parts, 2, 1)
-    again, _ = update(parts, 2, 1)
+    update = updater(parts, 2, 1)
+    first, _ = update()
+    again, _ = update()
     assert_close(first, again, 0.0)
-    for other, _ in (update(parts, 2, 1, number=1), update(parts, 2, 1, key=1)):
+    for other, _ in (update(number=1), update(key=1)):
         assert any(bool(jnp.any(first[name] != other[name])) for name in first)
     # Micro-batches have masks of their own: the same row twice is not the same twice.
     _, graphdef, adapter, buffers, frozen = parts
