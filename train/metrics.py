@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from jpeft.errors import JpeftError
 
 Metric = Callable[[Sequence[Any], Sequence[Any]], float]
 
-_NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
+# Behind a letter, a digit or a bracket a stroke is no sign: `10-5`, `2-3`.
+_NUMBER = re.compile("(?:(?<![\\w)])[-\u2212])?[0-9][0-9,]*(?:\\.[0-9]+)?")
 
 
 def accuracy(right: Sequence[int], said: Sequence[int]) -> float:
@@ -110,9 +112,9 @@ def exact_match(right: Sequence[str], said: Sequence[str]) -> float:
 def last_number(right: Sequence[str], said: Sequence[str]) -> float:
     """The share of texts whose last number is that of the right text, as GSM8K is scored (`1,200.0` is `1200`)."""
 
-    def last(text: str) -> float | None:
+    def last(text: str) -> Decimal | None:
         found = _NUMBER.findall(text)
-        return float(found[-1].replace(",", "")) if found else None
+        return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
 
     pairs = [(last(one), last(other)) for one, other in zip(right, said, strict=True)]
     return float(np.mean([one is not None and one == other for one, other in pairs]))

@@ -45,6 +45,7 @@ TEXTS = (["the cat sat on the mat", "yes"], [" the cat sat on the mat\n", "no"])
         ("tags", "token_accuracy", TAGS, 4 / 7),
         ("texts", "exact_match", TEXTS, 1 / 2),
         ("texts", "last_number", (["so #### 1,200", "2 + 3 = 5.", "7", "-1"], ["1200.0", "5 of 6", "no", "-1"]), 2 / 4),
+        ("texts", "last_number", (["5", "3", "-5", "9" * 400], ["10-5", "(2)-3", "\u22125", "8" * 400]), 3 / 4),
         ("texts", "rouge1", TEXTS, 1 / 2),
         ("texts", "rouge2", TEXTS, 1 / 2),
         ("texts", "rougeL", (["the cats sat"], ["the cat"]), 4 / 5),
