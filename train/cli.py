@@ -5,6 +5,7 @@ JAX and everything that brings it are imported inside the commands, so that help
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -303,6 +304,12 @@ def main() -> None:
         if "JpeftError" not in (kind.__name__ for kind in type(error).__mro__):
             raise
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        named = f"{error.filename}: " if error.filename is not None else ""
+        typer.echo(f"error: {named}{error.strerror or error}", err=True)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         # A device's full memory is a RuntimeError of JAX that says so in its text, the host's a MemoryError.

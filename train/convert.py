@@ -98,6 +98,8 @@ def _text(node: Node) -> str:
         # `{question}` and `[INST]` are what YAML writes mappings and lists with.
         hint = "" if isinstance(node.value, str) else "; text that begins with a bracket goes between quotes"
         raise NotThis(f"{sy.show(node)} is not text{hint}")
+    if "\0" in node.value:  # which no path can have
+        raise NotThis(f"{sy.show(node)} has a character of code 0 in it")
     return node.value
 
 

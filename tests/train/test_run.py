@@ -317,13 +317,15 @@ def test_faults_on_the_command_line_are_one_message() -> None:
             "error: out of memory: Unable to allocate 9 GiB. A smaller training.",
         ),
         (MemoryError(), "error: out of memory: no more can be had. A smaller"),
+        (OSError(36, "File name too long", "runs/a"), "error: runs/a: File name too long"),
+        (OSError(28, "No space left on device"), "error: No space left on device"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nBuffer 1"),
             "memory: RESOURCE_EXHAUSTED: Out of",
         ),
     ],
 )
-def test_full_memory_is_one_message(
+def test_faults_of_the_machine_are_one_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Exception, said: str
 ) -> None:
     from train import cli

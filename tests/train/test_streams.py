@@ -253,6 +253,8 @@ def test_a_chunk_smaller_than_a_step_is_said(streamed: Path) -> None:
     ("override", "said"),
     [
         *((f"data.{key}={10**12}", "must be less than 2147483648") for key in ("chunk", "limit", "test_size")),
+        *((f'{key}=""', f"{key}: '' .*at least 1 character") for key in ("data.source", "output.folder")),
+        ('output.folder="a\\0b"', "output.folder: .* has a character of code 0"),
         *((f"{key}={10**30}", f"{key}: .* is too large") for key in ("data.chunk", "method.rank")),
         ("training.max_steps=2147483648", "must be less than 2147483648"),
         ("training.max_steps=null", "data.streaming: needs training.max_steps"),
