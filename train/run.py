@@ -74,7 +74,6 @@ def _run(path: Path, overrides: Sequence[str], display: Display, group: Group | 
             display = Display(Console(quiet=True))
         with processes.agreed():
             materials = Materials(config, abstract=dry)
-            materials.base.tokenizer()  # one that is missing is said before weights are read
         return carry_out(config, materials, display, started, dry=dry)
 
 
@@ -106,6 +105,8 @@ def carry_out(
     many = f"rows in chunks of {config.data.chunk:,}" if streamed else f"{len(materials.train_rows):,} rows"
     counted = f"{many} to train on, {len(materials.test_rows):,} held out"
     display.say(f"data      {counted}, from {config.data.source}")
+    with processes.agreed():
+        materials.base.tokenizer()  # one that is missing is said before weights are read
     model = adapted(config, materials)
     described = jpeft.describe(model)
     display.say(f"model     {config.model.source}, {described.total - described.trainable:,} frozen parameters")

@@ -460,7 +460,7 @@ def test_a_run_is_used_from_anywhere(
 def test_an_interrupt_says_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import train.run
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **given: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.run, "train", interrupted)
