@@ -28,7 +28,7 @@ def config(llama: Path, jsonl: Callable[..., Path], config_file: Callable[..., P
     rows = jsonl([{"text": f"what is {c} ?", "answer": c} for c in colours])
     return config_file(
         f"model: {{source: {llama}, task: causal-lm}}\n"
-        "method: {name: lora, rank: 4, targets: all-linear, dropout: 0.1}\n"
+        "method: {name: lora, rank: 4, targets: [q_proj, down_proj], dropout: 0.1}\n"
         f"data: {{source: {rows}, prompt: text, completion: answer, test_size: 8, max_length: 32}}\n"
         "training: {epochs: 4, batch_size: 8, accumulation: 2, learning_rate: 1e-2}\n"
         "evaluation: {answers: none}\n"
