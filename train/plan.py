@@ -26,8 +26,8 @@ class Plan:
 
     lengths: tokens of each training row. per_step: rows of an optimizer step. per_epoch: steps of a pass over the rows.
     steps: in all. every: steps between evaluations. windows: the rows of each step; of a stream, those that are known
-    before it is read. rates: the learning rate of each
-    group by step. transform: the optimizer, with what the methods do to it.
+    before it is read. rates: the learning rate of each group by step. transform: the optimizer, with what the methods
+    do to it.
     """
 
     def __init__(self, config: Config, model: Any, task: TaskData):

@@ -211,19 +211,14 @@ class Streamed:
     def windows(self, at: Sequence[int], buckets: Sequence[int], size: int, seed: int) -> Iterator[StreamedWindow]:
         """The windows of `size` rows from `at` on ([epoch, chunk, window]), read and tokenised in a thread."""
         epoch, number, skip = at
-        coming = Ahead(lambda chunk: chunk(), self._chunks(epoch, number), depth=1)
+        chunks = self._passes(epoch, number)
+        coming = Ahead(lambda _: next(chunks), itertools.count(), depth=1)
         for _, chunk in coming:
             lengths = [len(example) for example in chunk.examples]
             made = plan(lengths, buckets, size, seed, chunk.epoch, chunk=chunk.number)
             for place, window in enumerate(made[skip:], skip):
                 yield StreamedWindow(window.rows, window.length, window.epoch, chunk=chunk, number=place)
             skip = 0
-
-    def _chunks(self, epoch: int, number: int) -> Iterator[Callable[[], Chunk]]:
-        """What makes each chunk; to be called in order, one at a time."""
-        parts = self._passes(epoch, number)
-        while True:
-            yield lambda: next(parts)
 
     def _passes(self, epoch: int, number: int) -> Iterator[Chunk]:
         from train.tasks import check_columns
