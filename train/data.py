@@ -15,8 +15,8 @@ import numpy as np
 from jpeft.errors import JpeftError
 from train import sources
 from train.examples import Example, Reader
+from train.files import Rows
 from train.schema import DataConfig
-from train.sources import Rows
 from train.streams import Stream, Streamed
 from train.tasks import Task, check_columns, task_of
 

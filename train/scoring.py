@@ -11,8 +11,8 @@ from jpeft.errors import JpeftError
 from train import batches, session, sources
 from train.data import TaskData, rows_of
 from train.evaluate import Evaluator, Score
+from train.files import Rows
 from train.session import Run
-from train.sources import Rows
 from train.tasks import check_columns
 
 

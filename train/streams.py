@@ -18,8 +18,8 @@ from train import packages, sources
 from train.ahead import Ahead
 from train.batches import Window, plan
 from train.examples import Example, Reader
+from train.files import Rows, files_in, kind_of_feature, table, text_rows
 from train.schema import DataConfig
-from train.sources import Rows
 
 if TYPE_CHECKING:
     from train.tasks import Task
@@ -66,12 +66,12 @@ class Stream:
         """`rows`, whose columns hold what they held in the chunks before. Raises JpeftError where one does not."""
         table = rows.dataset
         for column, feature in rows.dataset.features.items():
-            kind = sources.kind_of_feature(feature)
+            kind = kind_of_feature(feature)
             if kind == "null":  # which tasks take for a column that never holds anything
                 if column in self._features:
                     table = table.cast_column(column, self._features[column])
                 continue
-            before = sources.kind_of_feature(self._features.setdefault(column, feature))
+            before = kind_of_feature(self._features.setdefault(column, feature))
             if kind != before:
                 raise JpeftError(
                     f"{rows.place(0)}: from here on column {column!r} holds {kind}, before it held {before}; write one "
@@ -89,7 +89,7 @@ class Stream:
                 return _Read(zip(lines, found, strict=True), source)
             source = packages.resolve(source)
         if not sources.on_hub(source):
-            files = sources.files_in(Path(source))
+            files = files_in(Path(source))
             return _parquet(files, source) if files[0].suffix == ".parquet" else _Text(files, source)
         split = self._data.split
         table = sources.from_hub(source, self._data.subset, split, streaming=True)
@@ -122,10 +122,10 @@ class _Text(_Read):
     """Text files, which are decoded and checked line by line."""
 
     def __init__(self, files: Sequence[Path], name: str):
-        super().__init__((row for file in files for row in sources.text_rows(file)), name)
+        super().__init__((row for file in files for row in text_rows(file)), name)
 
     def table(self, placed: Sequence[tuple[Any, dict[str, Any]]], known: Sequence[str]) -> Rows:
-        return sources.table(self._name, placed, known)
+        return table(self._name, placed, known)
 
 
 def _from_hub(table: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:

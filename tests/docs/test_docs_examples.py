@@ -18,9 +18,9 @@ import jpeft
 from jpeft.models import families
 from tests import zoo
 from tests.conformance import test_methods as conformance
-from train import sources
 from train.batches import Batches, Window
 from train.examples import Example
+from train.files import Rows
 from train.metrics import METRICS
 from train.schema import DataConfig
 from train.tasks import TASKS, task_of
@@ -80,7 +80,7 @@ def test_the_task_of_the_page_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     data = DataConfig(source="rows.jsonl", text="text", label="label", problem_type="count")
     kind = task_of(data)
     assert type(kind) is page.Counts
-    rows = sources.Rows(None, lambda index: f"line {index}", "rows.jsonl")
+    rows = Rows(None, lambda index: f"line {index}", "rows.jsonl")
     label = kind.label(rows)
     examples = [Example(np.arange(3), np.zeros(3, bool), row, label(row, row)) for row in (4, 1)]
     with pytest.raises(jpeft.JpeftError, match="line 7: column 'label' holds -1, not a count"):

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.examples import Reader, check_messages
+from train.files import Rows
 from train.generation import generate_texts
-from train.sources import Rows
 from train.tasks.language import LanguageTask
 from train.tasks.task import Read
 

@@ -15,8 +15,8 @@ import optax
 from jpeft.errors import JpeftError, nearest
 from train.batches import IGNORED, arrays, edges
 from train.examples import Example, Reader
+from train.files import Rows
 from train.schema import DataConfig
-from train.sources import Rows
 from train.step import inputs
 from train.tasks.task import Arrays, Read, Task, missing, text_of
 

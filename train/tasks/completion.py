@@ -9,8 +9,8 @@ import numpy as np
 
 from jpeft.errors import JpeftError
 from train.examples import Example, Reader
+from train.files import Rows
 from train.generation import generate_texts
-from train.sources import Rows
 from train.tasks.language import LanguageTask
 from train.tasks.task import Read
 from train.templates import Template

@@ -11,7 +11,7 @@ import numpy as np
 from jpeft.errors import JpeftError
 from train.batches import IGNORED, arrays, rounded
 from train.examples import Example, Reader
-from train.sources import Rows
+from train.files import Rows
 from train.step import inputs
 from train.tasks.language import LanguageTask
 from train.tasks.task import Read, text_of

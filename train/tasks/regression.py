@@ -12,7 +12,7 @@ import numpy as np
 
 from jpeft.errors import JpeftError
 from train.examples import Example
-from train.sources import Rows
+from train.files import Rows
 from train.step import inputs
 from train.tasks.classification import SequenceTask
 from train.tasks.task import Arrays, missing

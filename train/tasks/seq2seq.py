@@ -12,8 +12,8 @@ import numpy as np
 from jpeft.losses import token_losses
 from train.batches import IGNORED, rounded
 from train.examples import Example, Reader
+from train.files import Rows
 from train.generation import generate_texts
-from train.sources import Rows
 from train.step import inputs
 from train.tasks.completion import Completion
 from train.tasks.task import Arrays, Read

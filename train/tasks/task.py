@@ -10,8 +10,8 @@ import numpy as np
 
 from jpeft.errors import JpeftError
 from train.examples import Example, Reader
+from train.files import Rows, kind_of, kind_of_feature
 from train.schema import DataConfig
-from train.sources import Rows, kind_of, kind_of_feature
 
 if TYPE_CHECKING:
     from train.session import Run

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from jpeft.errors import JpeftError
 from jpeft.virtual_tokens import prompt_of
 from train.examples import Example, Reader
+from train.files import Rows
 from train.generation import generate_texts
 from train.packing import pack
-from train.sources import Rows
 from train.tasks.language import LanguageTask
 from train.tasks.task import Read, text_of
 

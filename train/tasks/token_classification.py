@@ -13,7 +13,7 @@ import optax
 from jpeft.errors import JpeftError
 from train.batches import IGNORED, arrays, edges
 from train.examples import Example, Reader
-from train.sources import Rows, kind_of
+from train.files import Rows, kind_of
 from train.step import inputs
 from train.tasks.classification import given_labels, label_numbers, labels_in
 from train.tasks.task import Arrays, Read, Task
