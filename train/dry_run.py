@@ -41,7 +41,7 @@ def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None
     saved = held["adapter"], (adapter, state)
     sizes = {name: _bytes(arrays) for name, arrays in held.items()}
     display.say("memory    " + ", ".join(f"{name} {size(count)}" for name, count in sizes.items()))
-    step: Any = make_step(graphdef, kind, plan.transform, layouts)
+    step: Any = make_step(graphdef, kind, plan.recipe, layouts)
     key = jax.eval_shape(lambda: jax.random.key(0))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     # Of a stream, the rows that are read first stand for all.
@@ -54,7 +54,7 @@ def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None
         rows = None if mesh is None else placing.rows_along(mesh, 1)
         batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows) for name, a in plan.batch(window).items()}
         begun = time.monotonic()
-        traced = step.trace(adapter, state, buffers, frozen, batch, key, number)
+        traced = step.trace(adapter, state, buffers, frozen, batch, key, number, plan.rates_at(0))
         compiled = traced.lower().compile()
         took = time.monotonic() - begun
         products = flops(traced.jaxpr.jaxpr)

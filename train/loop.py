@@ -170,7 +170,7 @@ class Loop:
         scored = {entry["step"] for entry in kept if "evaluation" in entry}
         if self.done and self.done not in scored:  # the run was stopped while it evaluated
             self._evaluate_if_due(log)
-        step = make_step(self.graphdef, self.task.kind, self.plan.transform, self.layouts)
+        step = make_step(self.graphdef, self.task.kind, self.plan.recipe, self.layouts)
         key = jax.random.fold_in(jax.random.key(self.config.training.seed), 1)
         coming = Ahead(self._batch, self.plan.windows_from(self.done, self.state.notes.get("at", (0, 0, 0))))
         with self.display.progress(self.plan.steps) as meter:
@@ -178,7 +178,8 @@ class Loop:
             try:
                 for window, batch in self._fed(coming, clockwork, saved):
                     with stopping.held():
-                        arguments = (self.buffers, self.frozen, batch, key, jnp.int32(self.done))
+                        at = jnp.int32(self.done), self.plan.rates_at(self.done)
+                        arguments = (self.buffers, self.frozen, batch, key, *at)
                         clockwork.dispatching(window, coming.waited)
                         adapter, optimizer_state, found = step(self.state.adapter, self.state.optimizer, *arguments)
                         self.state = dataclasses.replace(self.state, adapter=adapter, optimizer=optimizer_state)

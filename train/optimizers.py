@@ -1,7 +1,12 @@
-"""The optimizer of a run: which rule, and for each group of arrays its learning rate and weight decay."""
+"""The optimizer of a run: which rule, and for each group of arrays its learning rate and weight decay.
+
+Learning rates are given to each update and are no part of the optimizer, so runs that differ in them, and in the seed,
+run the same compiled programs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,51 +21,51 @@ from jpeft.errors import JpeftError, nearest
 from train.schema import TrainingConfig
 
 Decay = Mapping[str, bool]
-Rule = Callable[[optax.Schedule, float, Decay], optax.GradientTransformation]
+Rule = Callable[[float, Decay], optax.GradientTransformation]  # of weight decay; at the learning rate 1
 
 
-def _adamw(rate: optax.Schedule, decay: float, on: Decay) -> optax.GradientTransformation:
-    return optax.adamw(rate, weight_decay=decay, mask=_chosen(on))
+def _adamw(decay: float, on: Decay) -> optax.GradientTransformation:
+    return optax.adamw(1.0, weight_decay=decay, mask=_chosen(on))
 
 
-def _adamw8bit(rate: optax.Schedule, decay: float, on: Decay) -> optax.GradientTransformation:
+def _adamw8bit(decay: float, on: Decay) -> optax.GradientTransformation:
     return optax.chain(
         jpeft.quant.scale_by_adam8bit(),
         *([optax.add_decayed_weights(decay, _chosen(on))] if decay else []),
-        optax.scale_by_learning_rate(rate),
+        optax.scale_by_learning_rate(1.0),
     )
 
 
-def _adafactor(rate: optax.Schedule, decay: float, on: Decay) -> optax.GradientTransformation:
+def _adafactor(decay: float, on: Decay) -> optax.GradientTransformation:
     # The decay that optax.adafactor offers is not multiplied by the learning rate; this one is, as everywhere here.
     # Updates are not scaled by the size of the parameter: LoRA's B begins at zero and would hardly move.
     return optax.chain(
         optax.adafactor(None, multiply_by_parameter_scale=False),
         optax.scale(-1.0),  # optax.adafactor turns the sign already
         *([optax.add_decayed_weights(decay, _chosen(on))] if decay else []),
-        optax.scale_by_learning_rate(rate),
+        optax.scale_by_learning_rate(1.0),
     )
 
 
-def _lion(rate: optax.Schedule, decay: float, on: Decay) -> optax.GradientTransformation:
-    return optax.lion(rate, weight_decay=decay, mask=_chosen(on))
+def _lion(decay: float, on: Decay) -> optax.GradientTransformation:
+    return optax.lion(1.0, weight_decay=decay, mask=_chosen(on))
 
 
-def _muon(rate: optax.Schedule, decay: float, on: Decay) -> optax.GradientTransformation:
+def _muon(decay: float, on: Decay) -> optax.GradientTransformation:
     numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     muon = contrib.muon(
-        rate,
+        1.0,
         weight_decay=decay,
         muon_weight_dimension_numbers=lambda params: dict.fromkeys(params, numbers),
         consistent_rms=0.2,  # updates as large as Adam's, so that its learning rates serve (Moonlight, 2502.16982)
     )
-    rules = {"matrix": muon, "other": optax.adamw(rate, weight_decay=0.0)}
+    rules = {"matrix": muon, "other": optax.adamw(1.0, weight_decay=0.0)}
     return optax.partition(rules, lambda params: {key: "matrix" if on.get(key, False) else "other" for key in params})
 
 
-def _sgd(rate: optax.Schedule, decay: float, on: Decay) -> optax.GradientTransformation:
+def _sgd(decay: float, on: Decay) -> optax.GradientTransformation:
     return optax.chain(
-        *([optax.add_decayed_weights(decay, _chosen(on))] if decay else []), optax.sgd(rate, momentum=0.9)
+        *([optax.add_decayed_weights(decay, _chosen(on))] if decay else []), optax.sgd(1.0, momentum=0.9)
     )
 
 
@@ -139,18 +144,54 @@ def rates(training: TrainingConfig, steps: int, labels: Mapping[str, str]) -> di
     }
 
 
-def optimizer(
-    training: TrainingConfig, steps: int, labels: Mapping[str, str], is_matrix: Mapping[str, bool]
-) -> optax.GradientTransformation:
-    """The optimizer over the adapter, `labels` giving the group of each of its arrays.
+def _at_the_rate_of(group: str) -> optax.GradientTransformationExtraArgs:
+    """Updates times the rate that `update(..., rates={group: rate})` is given."""
 
-    is_matrix: which of them are (`matrices`); only they decay, and only they are orthogonalised by Muon. Raises
-    JpeftError if settings are given for a group that the model does not have.
+    def update(updates: Any, state: Any, params: Any = None, *, rates: Mapping[str, Any], **_: Any) -> Any:
+        return optax.tree.scale(rates[group], updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """An optimizer as a value: equal recipes make equal programs.
+
+    rule: of `OPTIMIZERS`. groups: (array of the adapter, its group). decays: (group, weight decay). matrices: the
+    arrays that decay, and that Muon orthogonalises. clip: of the global norm. steps: of the run, for methods that plan
+    by it.
     """
-    rule = OPTIMIZERS[training.optimizer]
-    rules = {
-        group: rule(schedule(training, steps, peak), decay, is_matrix)
-        for group, (peak, decay) in settings(training, labels).items()
-    }
-    parts = [optax.partition(rules, dict(labels))]
-    return optax.chain(*([optax.clip_by_global_norm(training.clip)] if training.clip else []), *parts)
+
+    rule: str
+    groups: tuple[tuple[str, str], ...]
+    decays: tuple[tuple[str, float], ...]
+    matrices: frozenset[str]
+    clip: float | None
+    steps: int
+
+    def __call__(self, model: Any) -> optax.GradientTransformationExtraArgs:
+        """The optimizer over the adapter of `model`, with what its methods ask for: `update(..., rates=)`."""
+        return optax.with_extra_args_support(jpeft.optimizer(model, self.plain(), total_steps=self.steps))
+
+    def plain(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer without what methods ask for."""
+        rule, on = OPTIMIZERS[self.rule], dict.fromkeys(self.matrices, True)
+        rules = {group: optax.chain(rule(decay, on), _at_the_rate_of(group)) for group, decay in self.decays}
+        clipping = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+        return optax.with_extra_args_support(optax.chain(*clipping, optax.partition(rules, dict(self.groups))))
+
+
+def recipe(training: TrainingConfig, steps: int, labels: Mapping[str, str], is_matrix: Mapping[str, bool]) -> Recipe:
+    """The optimizer that `training` asks for, `labels` giving the group of each array of the adapter.
+
+    is_matrix: which of them are (`matrices`). Raises JpeftError if settings are given for a group that the model does
+    not have.
+    """
+    return Recipe(
+        rule=training.optimizer,
+        groups=tuple(labels.items()),
+        decays=tuple((group, decay) for group, (_, decay) in settings(training, labels).items()),
+        matrices=frozenset(key for key, matrix in is_matrix.items() if matrix),
+        clip=training.clip,
+        steps=steps,
+    )

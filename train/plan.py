@@ -16,7 +16,7 @@ import jpeft
 from train import batches
 from train.data import TaskData
 from train.examples import Example
-from train.optimizers import matrices, optimizer, rates
+from train.optimizers import matrices, rates, recipe
 from train.schema import Config, TrainingConfig
 from train.streams import StreamedWindow
 
@@ -26,8 +26,8 @@ class Plan:
 
     lengths: tokens of each training row. per_step: rows of an optimizer step. per_epoch: steps of a pass over the rows.
     steps: in all. every: steps between evaluations. windows: the rows of each step; of a stream, those that are known
-    before it is read. rates: the learning rate of each group by step. transform: the optimizer, with what the methods
-    do to it.
+    before it is read. rates: the learning rate of each group by step. recipe: of the optimizer; transform: the
+    optimizer, with what the methods do to it.
     """
 
     def __init__(self, config: Config, model: Any, task: TaskData):
@@ -63,8 +63,8 @@ class Plan:
         labels = jpeft.param_labels(model)
         groups = {key: labels[key] for key in adapter}
         self.rates = rates(training, self.steps, groups)
-        plain = optimizer(training, self.steps, groups, matrices(model, groups))
-        self.transform = jpeft.optimizer(model, plain, total_steps=self.steps)
+        self.recipe = recipe(training, self.steps, groups, matrices(model, groups))
+        self.transform = self.recipe(model)
         self._feed = batches.Batches(task.kind, task.train, training.seed)
 
     @property
@@ -73,6 +73,10 @@ class Plan:
         if self._task.stream is not None:
             return list(self.buckets)
         return sorted({window.length for window in self.windows})
+
+    def rates_at(self, step: int) -> dict[str, Any]:
+        """The learning rate of each group in the step after `step` others, float32."""
+        return {group: rates[step] for group, rates in self.rates.items()}
 
     def windows_from(self, done: int, at: Sequence[int]) -> Iterator[batches.Window]:
         """The rows of each step after `done` of them. at: where a stream then is, [epoch, chunk, window]."""

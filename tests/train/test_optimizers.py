@@ -13,11 +13,17 @@ from flax import nnx
 
 import jpeft
 import jpeft.models
-from train.optimizers import OPTIMIZERS, matrices, optimizer, schedule
+from train.optimizers import OPTIMIZERS, matrices, rates, recipe, schedule
 from train.schema import TrainingConfig
 
 Arrays = dict[str, jax.Array]
 STEADY: dict[str, Any] = {"schedule": "constant", "warmup": 0.0, "clip": None}
+
+
+def updater(training: TrainingConfig, labels: dict[str, str], on: dict[str, bool]) -> tuple[Any, dict[str, Any]]:
+    """(the optimizer, the rates of the first step)."""
+    first = {group: values[0] for group, values in rates(training, 10, labels).items()}
+    return recipe(training, 10, labels, on).plain(), first
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +45,15 @@ def test_groups_have_their_own_rates_and_decay(classifier: Any) -> None:
         groups={"lora_b": {"learning_rate": 1.6e-2}, "head": {"weight_decay": 0.1}},
         **STEADY,
     )
-    transform = optimizer(training, 10, labels, on)
+    transform, given = updater(training, labels, on)
     grads = {name: jnp.ones_like(array) for name, array in adapter.items()}
-    updates, state = transform.update(grads, transform.init(adapter), adapter)
-    rates = {"head": 1e-2, "lora_a": 1e-3, "lora_b": 1.6e-2}
+    updates, state = transform.update(grads, transform.init(adapter), adapter, rates=given)
+    wanted = {"head": 1e-2, "lora_a": 1e-3, "lora_b": 1.6e-2}
+    assert given == pytest.approx(wanted)
     for name, label in labels.items():
         # AdamW's first step has the size of the rate; matrices of the head decay besides, its bias does not.
-        decay = rates[label] * 0.1 * adapter[name] if label == "head" and on[name] else 0.0
-        np.testing.assert_allclose(updates[name], -rates[label] - decay, rtol=1e-3)
+        decay = wanted[label] * 0.1 * adapter[name] if label == "head" and on[name] else 0.0
+        np.testing.assert_allclose(updates[name], -wanted[label] - decay, rtol=1e-3)
     assert {name: on[name] for name in on if "bias" in name} == {name: False for name in on if "bias" in name}
     assert any(on[name] for name, label in labels.items() if label == "head")
     moments = [leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "ndim", 0) > 0]
@@ -72,7 +79,7 @@ def test_a_layer_axis_makes_no_matrix_of_a_vector() -> None:
 )
 def test_settings_for_a_group_that_is_not_there(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(jpeft.JpeftError, match=said):
-        optimizer(TrainingConfig(**settings), 10, {"a": "lora_a", "b": "lora_b"}, {})
+        recipe(TrainingConfig(**settings), 10, {"a": "lora_a", "b": "lora_b"}, {})
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -86,11 +93,11 @@ def test_every_optimizer_goes_downhill_and_decays(name: Any) -> None:
 
     # An entry of Muon's update is a fifth of the rate in the mean, as Adam's are in the long run of a noisy training.
     training = TrainingConfig(optimizer=name, learning_rate=0.1 if name == "muon" else 0.02, **STEADY)
-    transform = optimizer(training, 60, dict.fromkeys(params, "adapter"), on)
+    transform, given = updater(training, dict.fromkeys(params, "adapter"), on)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         arrays, state = carry
-        updates, state = transform.update(jax.grad(distance)(arrays), state, arrays)
+        updates, state = transform.update(jax.grad(distance)(arrays), state, arrays, rates=given)
         return (jax.tree.map(jnp.add, arrays, updates), state), None
 
     (found, _), _ = jax.lax.scan(step, (params, transform.init(params)), None, length=60)
@@ -99,8 +106,8 @@ def test_every_optimizer_goes_downhill_and_decays(name: Any) -> None:
     # Without a gradient a matrix shrinks by rate times decay, a bias stays.
     still = {key: jnp.zeros_like(array) for key, array in params.items()}
     decaying = TrainingConfig(optimizer=name, learning_rate=0.02, weight_decay=0.5, **STEADY)
-    transform = optimizer(decaying, 60, dict.fromkeys(params, "adapter"), on)
-    updates, _ = transform.update(still, transform.init(params), params)
+    transform, given = updater(decaying, dict.fromkeys(params, "adapter"), on)
+    updates, _ = transform.update(still, transform.init(params), params, rates=given)
     np.testing.assert_allclose(updates["w"], -0.01, rtol=1e-5)
     np.testing.assert_allclose(updates["bias"], 0.0)
 
@@ -110,8 +117,8 @@ def test_lion_and_muon_by_hand() -> None:
     params, labels, on = jax.tree.map(jnp.zeros_like, grad), dict.fromkeys(grad, "adapter"), {"w": True, "bias": False}
 
     def first(name: Any) -> Any:
-        transform = optimizer(TrainingConfig(optimizer=name, learning_rate=0.1, **STEADY), 10, labels, on)
-        return transform.update(grad, transform.init(params), params)[0]
+        transform, given = updater(TrainingConfig(optimizer=name, learning_rate=0.1, **STEADY), labels, on)
+        return transform.update(grad, transform.init(params), params, rates=given)[0]
 
     np.testing.assert_allclose(first("lion")["w"], -0.1 * jnp.sign(grad["w"]), rtol=1e-6)
     # Muon's updates of a matrix have singular values near one, times 0.2 sqrt(6) to be of Adam's size; layer by layer.

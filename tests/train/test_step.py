@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import jpeft
 from train import batches
 from train.examples import Example, Tags
+from train.optimizers import rates, recipe
+from train.schema import TrainingConfig
 from train.step import make_scorer, make_step
 from train.tasks.task import Task
 from train.tasks.text import Text
@@ -33,10 +36,10 @@ def rows() -> list[Example]:
     return made
 
 
-def adapted(folder: Path, *, dropout: float = 0.0, **given: Any) -> Any:
+def adapted(folder: Path, *, dropout: float = 0.0, seed: int = 1, **given: Any) -> Any:
     model = jpeft.models.load(folder, dtype="float32", **given)
     targets = "all-linear"
-    model = jpeft.LoRA(rank=2, targets=targets, dropout=dropout)(model, rngs=1)
+    model = jpeft.LoRA(rank=2, targets=targets, dropout=dropout)(model, rngs=seed)
     graphdef, adapter, buffers, frozen = jpeft.partition(model)
     key = jax.random.key(3)
     # B starts as zero, which would hide most gradients.
@@ -47,17 +50,21 @@ def adapted(folder: Path, *, dropout: float = 0.0, **given: Any) -> Any:
     return model, graphdef, moved, buffers, frozen
 
 
+def sgd(model: Any) -> Any:
+    return optax.with_extra_args_support(optax.sgd(1.0))  # shows the gradient itself
+
+
 def updater(parts: Any, size: int, accumulation: int, task: type[Task] = Text) -> Callable[..., Any]:
     """The function (key=, number=) -> (adapter after the step, its numbers), compiled once."""
     _, graphdef, adapter, buffers, frozen = parts
-    transform = optax.sgd(1.0)  # shows the gradient itself
-    step = make_step(graphdef, task, transform)
+    transform = sgd(None)
+    step = make_step(graphdef, task, functools.partial(sgd))  # a step of its own: a test changes what is traced
     window = batches.Window((0, 1, 2, 3)[: size * accumulation], 40)
     batch = batches.split(batches.Batches(task, rows())(window, size * accumulation), accumulation)
 
     def update(*, key: int = 0, number: int = 0) -> Any:
         state = jax.tree.map(jnp.copy, adapter), transform.init(adapter)
-        found, _, metrics = step(*state, buffers, frozen, batch, jax.random.key(key), jnp.int32(number))
+        found, _, metrics = step(*state, buffers, frozen, batch, jax.random.key(key), jnp.int32(number), {})
         return found, metrics
 
     return update
@@ -123,12 +130,36 @@ def test_rows_that_fill_up_a_batch_weigh_nothing(llama: Path) -> None:
 def test_a_batch_without_targets_changes_nothing(llama: Path) -> None:
     parts = adapted(llama)
     _, graphdef, adapter, buffers, frozen = parts
-    step = make_step(graphdef, Text, optax.sgd(1.0))
+    step = make_step(graphdef, Text, sgd)
     batch = batches.split(batches.Batches(Text, rows())(batches.Window((3,), 40), 2), 1)
     kept = jax.tree.map(jnp.copy, adapter)
-    found, _, metrics = step(adapter, optax.sgd(1.0).init(adapter), buffers, frozen, batch, jax.random.key(0), 0)
+    found, _, metrics = step(adapter, optax.sgd(1.0).init(adapter), buffers, frozen, batch, jax.random.key(0), 0, {})
     assert float(metrics["loss"]) == 0.0
     assert_close(kept, found, 0.0)
+
+
+def test_rates_and_seeds_share_a_program_in_which_each_group_has_its_rate(llama: Path) -> None:
+    batch = batches.split(batches.Batches(Text, rows())(batches.Window((0, 1), 40), 2), 1)
+    made = []
+    for seed, rate in enumerate((1e-2, 3e-2)):
+        _, graphdef, adapter, buffers, frozen = adapted(llama, seed=seed)
+        labels = {name: name[-1] for name in adapter}
+        settings: dict[str, Any] = {"optimizer": "sgd", "clip": None, "groups": {"a": {"learning_rate": 1.0}}}
+        training = TrainingConfig(learning_rate=rate, seed=seed, schedule="constant", warmup=0.0, **settings)
+        chosen = recipe(training, 10, labels, dict.fromkeys(labels, True))
+        step = make_step(graphdef, Text, chosen)
+        now = {group: values[5] for group, values in rates(training, 10, labels).items()}
+        state = jax.tree.map(jnp.copy, adapter), chosen.plain().init(adapter)
+        found, _, _ = step(*state, buffers, frozen, batch, jax.random.key(seed), jnp.int32(5), now)
+        plain = make_step(graphdef, Text, sgd)
+        state = jax.tree.map(jnp.copy, adapter), sgd(None).init(adapter)
+        whole, _, _ = plain(*state, buffers, frozen, batch, jax.random.key(seed), jnp.int32(5), {})
+        for name, value in found.items():
+            moved = (whole[name] - adapter[name]) * (1.0 if labels[name] == "a" else rate)
+            np.testing.assert_allclose(value - adapter[name], moved, atol=1e-6, err_msg=name)
+        made.append(step)
+    assert made[0] is made[1]
+    assert made[0]._cache_size() == 1
 
 
 def test_dropout_is_a_function_of_key_and_step(llama: Path) -> None:

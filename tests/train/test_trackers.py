@@ -14,8 +14,7 @@ import pytest
 
 from jpeft import JpeftError
 from train import trackers
-from train.optimizers import optimizer, rates
-from train.schema import Config, DataConfig, ModelConfig, OutputConfig, TrainingConfig
+from train.schema import Config, DataConfig, ModelConfig, OutputConfig
 
 
 def config(**output: Any) -> Config:
@@ -142,20 +141,3 @@ def test_what_is_no_record_is_passed_over(tmp_path: Path) -> None:
         trackers.read(tmp_path)
     with pytest.raises(JpeftError, match=r"metrics\.jsonl cannot be written"):
         trackers.open_trackers(config(), tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
-def test_the_rates_logged_are_those_the_optimizer_uses(name: Any) -> None:
-    training = TrainingConfig(
-        learning_rate=0.1, head_learning_rate=0.3, schedule=name, warmup=0.4, clip=None, weight_decay=0.0
-    )  # type: ignore[call-arg]
-    labels = {"x/lora/a": "lora_a", "head/kernel": "head"}
-    logged = rates(training, 5, labels)
-    transform = optimizer(training, 5, labels, dict.fromkeys(labels, True))
-    arrays = {key: np.zeros(1, np.float32) for key in labels}
-    state = transform.init(arrays)
-    for number in range(5):
-        # Adam's update of a gradient that never changes is minus the rate.
-        updates, state = transform.update({key: np.ones(1, np.float32) for key in labels}, state, arrays)
-        for key, group in labels.items():
-            np.testing.assert_allclose(-updates[key][0], logged[group][number], rtol=1e-4)

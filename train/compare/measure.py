@@ -126,13 +126,14 @@ def _step(plan: Plan, model: Any, task: TaskData, seed: int, mesh: Mesh | None) 
     state = init(adapter)
     window = next(window for window in plan.windows if window.length == max(plan.shapes))
     batch = placing.put(plan.batch(window), mesh, axis=1)
-    step: Any = make_step(graphdef, task.kind, plan.transform, layouts)
+    step: Any = make_step(graphdef, task.kind, plan.recipe, layouts)
     rest = (buffers, frozen, batch, jax.random.key(seed))
-    compiled = step.lower(adapter, state, *rest, jnp.int32(0)).compile()
+    rates = plan.rates_at(0)
+    compiled = step.lower(adapter, state, *rest, jnp.int32(0), rates).compile()
     took = []
     for number in range(1 + _STEPS):
         begun = time.perf_counter()
-        adapter, state, _ = jax.block_until_ready(compiled(adapter, state, *rest, jnp.int32(number)))
+        adapter, state, _ = jax.block_until_ready(compiled(adapter, state, *rest, jnp.int32(number), rates))
         took.append(time.perf_counter() - begun)
     return statistics.median(took[1:]), getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
 
