@@ -55,4 +55,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny-t5"))
+    try:
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny-t5"))
+    except (OSError, jpeft.JpeftError) as error:
+        sys.exit(str(error))

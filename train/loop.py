@@ -378,7 +378,9 @@ class Clockwork:
         self._busy, self._since = self._busy + now - self._since, now
         self._tokens += sum(len(example) for example in loop.plan.examples(step.window))
         rate = self._tokens / max(self._busy, 1e-9)
-        learning = {"learning_rate": {group: float(rates[step.number - 1]) for group, rates in loop.plan.rates.items()}}
+        learning = {
+            "learning_rate": {group: float(rate) for group, rate in loop.plan.rates_at(step.number - 1).items()}
+        }
         speed = {"tokens": self._tokens, "tokens_per_second": round(rate, 1), "seconds": round(self._busy, 3)}
         self._log.record({"step": step.number, **metrics, **learning, **speed})
         if self.meter is not None:

@@ -135,11 +135,13 @@ def settings(training: TrainingConfig, labels: Mapping[str, str]) -> dict[str, t
     }
 
 
-def rates(training: TrainingConfig, steps: int, labels: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """The learning rate of each group by step, float32 [steps], before what a method makes of it (LoRA+ scales B's)."""
-    numbers = jnp.arange(steps)
+def rates(training: TrainingConfig, steps: int, labels: Mapping[str, str], at: np.ndarray) -> dict[str, np.ndarray]:
+    """The learning rate of each group in the steps `at` [N] of `steps`: float32 [N].
+
+    It is that before a method makes something of it (LoRA+ scales B's).
+    """
     return {
-        group: np.broadcast_to(np.asarray(schedule(training, steps, peak)(numbers), np.float32), (steps,))
+        group: np.broadcast_to(np.asarray(schedule(training, steps, peak)(jnp.asarray(at)), np.float32), at.shape)
         for group, (peak, _) in settings(training, labels).items()
     }
 

@@ -5,6 +5,7 @@ Made from shapes alone, so a model without arrays has a plan as well.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -20,13 +21,15 @@ from train.optimizers import matrices, rates, recipe
 from train.schema import Config, TrainingConfig
 from train.streams import StreamedWindow
 
+_BLOCK = 1024  # steps whose learning rates are worked out at once
+
 
 class Plan:
     """The steps of a run of `config` over `task`, for the adapted `model`.
 
     lengths: tokens of each training row. per_step: rows of an optimizer step. per_epoch: steps of a pass over the rows.
     steps: in all. every: steps between evaluations. windows: the rows of each step; of a stream, those that are known
-    before it is read. rates: the learning rate of each group by step. recipe: of the optimizer; transform: the
+    before it is read. recipe: of the optimizer; transform: the
     optimizer, with what the methods do to it.
     """
 
@@ -62,7 +65,7 @@ class Plan:
         self.windows = windows[: self.steps]
         labels = jpeft.param_labels(model)
         groups = {key: labels[key] for key in adapter}
-        self.rates = rates(training, self.steps, groups)
+        self._rates = functools.lru_cache(2)(functools.partial(self._block, training, groups))
         self.recipe = recipe(training, self.steps, groups, matrices(model, groups))
         self.transform = self.recipe(model)
         self._feed = batches.Batches(task.kind, task.train, training.seed)
@@ -74,9 +77,14 @@ class Plan:
             return list(self.buckets)
         return sorted({window.length for window in self.windows})
 
-    def rates_at(self, step: int) -> dict[str, Any]:
-        """The learning rate of each group in the step after `step` others, float32."""
-        return {group: rates[step] for group, rates in self.rates.items()}
+    def rates_at(self, step: int) -> dict[str, np.float32]:
+        """The learning rate of each group in the step after `step` others."""
+        block, place = divmod(step, _BLOCK)
+        return {group: rates[place] for group, rates in self._rates(block).items()}
+
+    def _block(self, training: TrainingConfig, groups: dict[str, str], number: int) -> dict[str, np.ndarray]:
+        """The rates of `_BLOCK` steps."""
+        return rates(training, self.steps, groups, np.arange(number * _BLOCK, (number + 1) * _BLOCK))
 
     def windows_from(self, done: int, at: Sequence[int]) -> Iterator[batches.Window]:
         """The rows of each step after `done` of them. at: where a stream then is, [epoch, chunk, window]."""

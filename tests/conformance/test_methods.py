@@ -20,6 +20,8 @@ from tests import zoo
 pairs = pytest.mark.parametrize(("model_name", "method_name"), zoo.PAIRS, scope="module")
 # What depends on a method's wrappers and on stacking, and on the model's layers only through these.
 deep = pytest.mark.parametrize(("model_name", "method_name"), zoo.DEEP, scope="module")
+# What depends on dtypes, which a method meets in the same way in every model.
+first = pytest.mark.parametrize(("model_name", "method_name"), zoo.FIRST, scope="module")
 
 
 @functools.cache
@@ -256,7 +258,7 @@ def test_sharded_equals_one_device(model_name: str, method_name: str) -> None:
     assert max(zoo.relative(sharded_gradient[k], gradient[k]) for k in gradient) < 1e-4
 
 
-@pairs
+@first
 def test_low_precision_base(model_name: str, method_name: str) -> None:
     base = base_of(model_name, "bfloat16")
     expected = evaluate(model_name, base)
@@ -273,7 +275,7 @@ def test_low_precision_base(model_name: str, method_name: str) -> None:
 
 
 merging = pytest.mark.parametrize(
-    ("model_name", "method_name"), [pair for pair in zoo.PAIRS if zoo.ENTRIES[pair[1]].merges], scope="module"
+    ("model_name", "method_name"), [pair for pair in zoo.FIRST if zoo.ENTRIES[pair[1]].merges], scope="module"
 )
 
 

@@ -22,7 +22,7 @@ STEADY: dict[str, Any] = {"schedule": "constant", "warmup": 0.0, "clip": None}
 
 def updater(training: TrainingConfig, labels: dict[str, str], on: dict[str, bool]) -> tuple[Any, dict[str, Any]]:
     """(the optimizer, the rates of the first step)."""
-    first = {group: values[0] for group, values in rates(training, 10, labels).items()}
+    first = {group: values[0] for group, values in rates(training, 10, labels, np.array([0])).items()}
     return recipe(training, 10, labels, on).plain(), first
 
 
