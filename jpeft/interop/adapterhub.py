@@ -13,15 +13,15 @@ what no norm has seen.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jpeft.errors import JpeftError
-from jpeft.interop import folder
+from jpeft.interop import adapterhub_fusion, folder
 from jpeft.interop.config import Schema, Settings
 from jpeft.interop.converter import Tensors
-from jpeft.interop.links import Link, check, filled, turned
+from jpeft.interop.links import Link, View, check, filled, turned
 from jpeft.interop.load import abstract, combined
 from jpeft.interop.names import Place, model_and_family, places
 from jpeft.methods import Houlsby, Method, ParallelAdapter, Pfeiffer
@@ -44,12 +44,16 @@ _USED = """adapter_residual_before_ln architecture dropout factorized_phm_W fact
     phm_rank reduction_factor residual_before_ln scaling shared_W_phm shared_phm_rule stochastic_depth"""
 _REFUSED = "cross_adapter inv_adapter ln_after ln_before original_ln_before phm_layer use_gating"
 _SCHEMA = Schema(used=dict.fromkeys(_USED.split()), refused=dict.fromkeys(_REFUSED.split(), False))
+_LAYER = re.compile(r".*?\.(\d+)\.")
 
 _M = TypeVar("_M", bound=Model)
 
 
-def load_adapterhub(model: _M, path: str | Path) -> _M:
-    """`model` with the bottleneck adapter that AdapterHub's `adapters` (1.3.0) saved in the folder `path`.
+def load_adapterhub(model: _M, path: str | Path, *, adapters: Sequence[str | Path] = ()) -> _M:
+    """`model` with the bottleneck adapter, or the fusion, that AdapterHub's `adapters` (1.3.0) saved in `path`.
+
+    A fusion becomes `AdapterFusion`. adapters: the folders of what it fuses, in any order; by default they are looked
+    for under their names in `path` and beside it.
 
     model: a base from `jpeft.models.load`: BERT, RoBERTa, Llama, Mistral, GPT-2. Houlsby's adapters
     (`double_seq_bn`), and single ones with `original_ln_before=False`, become `Houlsby` and `Pfeiffer`; parallel ones
@@ -60,6 +64,10 @@ def load_adapterhub(model: _M, path: str | Path) -> _M:
     """
     model, _ = model_and_family(model, "load_adapterhub")  # type: ignore[assignment]
     where = Path(path)
+    if (where / adapterhub_fusion.CONFIG).is_file():
+        return adapterhub_fusion.load_fusion(model, where, adapters, load_adapterhub, _at)
+    if adapters:
+        raise JpeftError(f"load_adapterhub: {where} is no fusion, so adapters= has nothing to be for")
     raw = folder.read_config(where)
     at = str(where / folder.CONFIG)
     settings = Settings({"peft_type": "bottleneck", **_config(raw, at)}, at)
@@ -68,9 +76,10 @@ def load_adapterhub(model: _M, path: str | Path) -> _M:
     if not isinstance(name, str) or not name:
         raise JpeftError(f"{at}: name = {str(name)[:60]!r}: expected the adapter's name")
     file = folder.read_weights(where, WEIGHTS)
-    method = _method(settings, model, file.tensors)
+    widths = _widths(settings, file.tensors)
+    method = _method(settings, model, widths)
     adapted = abstract((method,), model, at)
-    links = _links(adapted, method, name)
+    links = _links(adapted, method, name, widths)
     check(links, file.tensors, (), file.where)
     graphdef, adapter, buffers, _ = partition(adapted)
     values = filled(links, {**adapter, **buffers}, lambda tensor: folder.read_tensor(file, tensor))
@@ -89,7 +98,7 @@ def _config(raw: dict[str, Any], where: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "peft_type"}
 
 
-def _method(settings: Settings, model: Model, tensors: Tensors) -> Method:
+def _method(settings: Settings, model: Model, widths: dict[int, int]) -> Method:
     family = model.config.model_type
     if family not in _FAMILIES:
         raise JpeftError(f"{settings.where}: adapters on {family!r} are not read; those on {list(_FAMILIES)} are")
@@ -104,7 +113,8 @@ def _method(settings: Settings, model: Model, tensors: Tensors) -> Method:
     scaling = settings.raw.get("scaling", 1.0)
     common: dict[str, Any] = {
         "activation": _ACTIVATIONS[activation],
-        "bottleneck_size": _width(settings, tensors),
+        "bottleneck_size": max(widths.values()),
+        "bottleneck_pattern": _narrower(model, widths),
         "dropout": settings.rate("dropout"),
         "layers": layers,
         "scaling": scaling if scaling == "learned" else settings.real("scaling", 1.0),
@@ -125,15 +135,35 @@ def _method(settings: Settings, model: Model, tensors: Tensors) -> Method:
     raise JpeftError(f"{settings.where}: neither mh_adapter nor output_adapter is true, so there is no adapter")
 
 
-def _width(settings: Settings, tensors: Tensors) -> int:
-    """The width of the bottleneck, which the file's tensors tell."""
-    widths = {info.shape[0] for name, info in tensors.items() if name.endswith(".adapter_down.0.bias") and info.shape}
-    if len(widths) != 1 or 0 in widths:
+def _widths(settings: Settings, tensors: Tensors) -> dict[int, int]:
+    """The width of the bottlenecks of each layer, which the file's tensors tell; a reduction factor may be by layer."""
+    found: dict[int, set[int]] = {}
+    for name, info in tensors.items():
+        if name.endswith(".adapter_down.0.bias") and info.shape and (layer := _LAYER.match(name)):
+            found.setdefault(int(layer[1]), set()).add(info.shape[0])
+    if not found or any(len(widths) != 1 or 0 in widths for widths in found.values()):
         raise JpeftError(
-            f"{settings.where}: expected adapters of one width, found {sorted(widths)} (reduction_factor = "
-            f"{settings.raw.get('reduction_factor')!r})"
+            f"{settings.where}: expected adapters of one width in each layer, found "
+            f"{ {layer: sorted(widths) for layer, widths in sorted(found.items())} } "
+            f"(reduction_factor = {str(settings.raw.get('reduction_factor'))[:60]})"
         )
-    return widths.pop()
+    return {layer: widths.pop() for layer, widths in found.items()}
+
+
+def _narrower(model: Model, widths: dict[int, int]) -> dict[str, int]:
+    """The widths of layers that have not the largest, by the names of these layers here."""
+    names = {
+        place.node.layer(place.member): place.node.expanded(place.member)
+        for place in places(model)
+        if place.node.layer(place.member) is not None
+    }
+    found = {}
+    for layer, width in sorted(widths.items()):
+        if width < max(widths.values()) and layer in names:
+            match = _LAYER.match(names[layer])
+            assert match is not None
+            found[match[0].removesuffix(".")] = width
+    return found
 
 
 def _placed(model: Model, method: Any) -> Iterator[tuple[Place, int | None, Bottleneck]]:
@@ -147,21 +177,33 @@ def _placed(model: Model, method: Any) -> Iterator[tuple[Place, int | None, Bott
             module = module.base
 
 
-def _links(model: Model, method: Any, name: str) -> list[Link]:
+def _links(model: Model, method: Any, name: str, widths: dict[int, int]) -> list[Link]:
     made = []
     for place, row, wrapper in _placed(model, method):
         key, before = f"{place.node.name}/{method.name}/", f"{_at(model, place)}.adapters.{name}."
-        inputs, width = wrapper.down.shape[-2:]
+        inputs, widest = wrapper.down.shape[-2:]
         outputs = wrapper.up.shape[-1]
+        layer = place.node.layer(place.member)
+        width = widest if layer is None else widths.get(layer, widest)
+        own = _first(width)  # the rest of a narrower layer is zeros
         made += [
-            Link(key + "down", row, before + "adapter_down.0.weight", (width, inputs), turned),
-            Link(key + "down_bias", row, before + "adapter_down.0.bias", (width,)),
-            Link(key + "up", row, before + "adapter_up.weight", (outputs, width), turned),
+            Link(key + "down", row, before + "adapter_down.0.weight", (width, inputs), _first_turned(width)),
+            Link(key + "down_bias", row, before + "adapter_down.0.bias", (width,), own),
+            Link(key + "up", row, before + "adapter_up.weight", (outputs, width), own, turned),
             Link(key + "up_bias", row, before + "adapter_up.bias", (outputs,)),
         ]
         if method.scaling == "learned":
             made.append(Link(key + "scale", None, before + "scaling", (1,), _entry(row)))
     return made
+
+
+def _first(width: int) -> View:
+    """The view of the first units of a network."""
+    return lambda array: array[:width]
+
+
+def _first_turned(width: int) -> View:
+    return lambda array: array[:, :width].T
 
 
 def _entry(row: int | None) -> Any:

@@ -20,12 +20,12 @@ WEIGHTS = "adapter_model.safetensors"
 TRAINING = "jpeft_training.safetensors"  # what serves training only, which PEFT throws away and does not read
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of the adapter in `folder`."""
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """The configuration of the adapter in `folder`."""
     _check_folder(folder)
-    if not (folder / CONFIG).is_file():
-        raise JpeftError(f"load_peft: {folder} has no {CONFIG}, so it is no PEFT adapter; it holds {_holds(folder)}")
-    return read_json(folder / CONFIG)
+    if not (folder / name).is_file():
+        raise JpeftError(f"load_peft: {folder} has no {name}, so it is no PEFT adapter; it holds {_holds(folder)}")
+    return read_json(folder / name)
 
 
 def read_weights(folder: Path, name: str = WEIGHTS) -> SafetensorsFile:

@@ -29,10 +29,14 @@ BASES: dict[str, dict[str, Any]] = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "houlsby": {"architecture": "double_seq_bn", "reduction_factor": 4},
     "pfeiffer": {"architecture": "seq_bn", "original_ln_before": False, "reduction_factor": 4, "leave_out": [0]},
+    "widths": {"architecture": "double_seq_bn", "reduction_factor": {"0": 8, "default": 4}},
     "parallel": {"architecture": "par_bn", "reduction_factor": 4},
     "learned": {"architecture": "scaled_par_bn", "reduction_factor": 8},
 }
 ENCODERS, SERIAL = ("bert", "roberta"), ("houlsby", "pfeiffer")
+ONE_AFTER = (*SERIAL, "widths")
+FUSED = ("first", "second")  # two tasks, for each configuration of SERIAL on these bases:
+FUSIONS = ("bert", "llama")
 IDS = [[5, 9, 11, 3, 8, 21], [7, 30, 2, 4, 17, 6]]
 
 
@@ -44,11 +48,11 @@ def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return made.astype(np.float32)
 
 
-def case(base: str, config: str) -> dict[str, Any]:
+def built(base: str) -> Any:
+    """AdapterHub's model of a base."""
     import adapters
     import torch
     import transformers
-    from safetensors.numpy import load_file
 
     fields = dict(BASES[base])
     task = transformers.AutoModelForSequenceClassification if base in ENCODERS else None
@@ -58,33 +62,78 @@ def case(base: str, config: str) -> dict[str, Any]:
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.tensor(values(name, tuple(parameter.shape))))
     adapters.init(model)
+    return model
+
+
+def configured(config: str) -> Any:
+    import adapters
+
     wanted = dict(CONFIGS[config])
-    model.add_adapter("task", config=adapters.AdapterConfig.load(wanted.pop("architecture"), **wanted), set_active=True)
+    return adapters.AdapterConfig.load(wanted.pop("architecture"), **wanted)
+
+
+def answered(model: Any) -> list[float]:
+    """The logits, with every adapter's parameters set."""
+    import torch
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".adapters." in name:
+            if ".adapters." in name or ".adapter_fusion_layer." in name:
                 parameter.copy_(torch.tensor(values(name, tuple(parameter.shape))))
         logits = model.eval()(torch.tensor(IDS)).logits
+    return [round(float(value), 7) for value in logits.flatten()]
+
+
+def saved(folder: Path, config: str, weights: str) -> dict[str, Any]:
+    """What is kept of a folder."""
+    from safetensors.numpy import load_file
+
+    tensors = load_file(folder / weights)
+    for name, value in tensors.items():
+        assert np.array_equal(value, values(name, value.shape)), name
+    return {
+        "config": json.loads((folder / config).read_text()),
+        "tensors": {name: list(value.shape) for name, value in sorted(tensors.items())},
+    }
+
+
+def case(base: str, config: str) -> dict[str, Any]:
+    model = built(base)
+    model.add_adapter("task", config=configured(config), set_active=True)
+    logits = answered(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_adapter(folder, "task", with_head=False, use_safetensors=True)
-        tensors = load_file(Path(folder) / "adapter.safetensors")
-        for name, value in tensors.items():
-            assert np.array_equal(value, values(name, value.shape)), name
-        return {
-            "config": json.loads((Path(folder) / "adapter_config.json").read_text()),
-            "tensors": {name: list(value.shape) for name, value in sorted(tensors.items())},
-            "logits": [round(float(value), 7) for value in logits.flatten()],
-        }
+        return {**saved(Path(folder), "adapter_config.json", "adapter.safetensors"), "logits": logits}
+
+
+def fusion(base: str, config: str) -> dict[str, Any]:
+    from adapters.composition import Fuse
+
+    model = built(base)
+    for name in FUSED:
+        model.add_adapter(name, config=configured(config))
+    model.add_adapter_fusion(list(FUSED))
+    model.active_adapters = Fuse(*FUSED)
+    logits = answered(model)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        model.save_adapter_fusion(str(place / "fusion"), list(FUSED), use_safetensors=True)
+        made = saved(place / "fusion", "adapter_fusion_config.json", "model_adapter_fusion.safetensors")
+        for name in FUSED:
+            model.save_adapter(str(place / name), name, with_head=False, use_safetensors=True)
+            made[name] = saved(place / name, "adapter_config.json", "adapter.safetensors")
+    return {**made, "logits": logits}
 
 
 def main() -> None:
     import adapters
     import transformers
 
-    pairs = [(base, config) for base in BASES for config in CONFIGS if base in ENCODERS or config in SERIAL]
+    pairs = [(base, config) for base in BASES for config in CONFIGS if base in ENCODERS or config in ONE_AFTER]
     cases = {f"{base}-{config}": case(base, config) for base, config in pairs}
     versions = {"adapters": adapters.__version__, "transformers": transformers.__version__}
-    text = json.dumps({"versions": versions, "cases": cases})
+    fusions = {f"{base}-{config}": fusion(base, config) for base in FUSIONS for config in SERIAL}
+    text = json.dumps({"versions": versions, "cases": cases, "fusions": fusions})
     (Path(__file__).parent / "adapterhub.json").write_text(text + "\n")
 
 
