@@ -58,7 +58,7 @@ from jpeft.observing import observe
 from jpeft.partition import Partition, combine, param_labels, partition, trainable_mask
 from jpeft.quant import FP4, NF4, Int4, Int8, quantize
 from jpeft.sharding import make_mesh, optimizer_shardings, shard, shard_batch, shardings
-from jpeft.stack import Stack, run_layers
+from jpeft.stack import Stack, offload, run_layers
 from jpeft.targets import listing as list_targets
 from jpeft.training import optimizer, penalty
 from jpeft.variables import AdapterBuffer, AdapterIds, DropoutKey, Frozen, Quantized, Trainable
@@ -156,6 +156,7 @@ __all__ = [
     "models",
     "multi",
     "observe",
+    "offload",
     "optimizer",
     "optimizer_shardings",
     "param_labels",

@@ -15,11 +15,12 @@ wrappers that are inactive there. Layers before the first adapted one need no ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jpeft import surgery
 from jpeft.errors import JpeftError
@@ -29,6 +30,15 @@ from jpeft.wrapper import Wrapper, observer
 # What a body without rematerialisation does not keep for its backward pass: base weights read by layer index, and the
 # cheap changes of layout behind such a read. Kept, they would pile up to a copy of the base.
 _READ_AGAIN = frozenset({"dynamic_slice", "squeeze", "reshape", "transpose", "convert_element_type"})
+
+Remat: TypeAlias = bool | Literal["offload"]
+_INPUT = "layer input"
+_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 
 def _keep(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -49,17 +59,18 @@ def _split(layer: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 class Stack(nnx.Module):
     """`length` layers as one `layer` whose variables have a leading axis of that length.
 
-    remat: recompute each layer in the backward pass instead of keeping its intermediates.
+    remat: recompute each layer in the backward pass instead of keeping its intermediates; "offload": and keep its input
+    meanwhile in the memory of the host.
     """
 
-    def __init__(self, layer: nnx.Module, length: int, *, remat: bool = False):
+    def __init__(self, layer: nnx.Module, length: int, *, remat: Remat = False):
         self.layer = layer
         self.length = length
         self.remat = remat
 
     @classmethod
     def create(
-        cls, make: Callable[[nnx.Rngs], nnx.Module], length: int, *, rngs: nnx.Rngs, remat: bool = False
+        cls, make: Callable[[nnx.Rngs], nnx.Module], length: int, *, rngs: nnx.Rngs, remat: Remat = False
     ) -> Stack:
         """A stack of `length` layers, each `make(rngs)` with a key of its own. Works under `nnx.eval_shape`."""
         keys = jax.random.split(rngs.params(), length)
@@ -68,7 +79,7 @@ class Stack(nnx.Module):
         return cls(nnx.merge(graphdef, state), length, remat=remat)
 
     @classmethod
-    def from_layers(cls, layers: Sequence[nnx.Module], *, remat: bool = False) -> Stack:
+    def from_layers(cls, layers: Sequence[nnx.Module], *, remat: Remat = False) -> Stack:
         """Stacks layers of identical structure (their arrays are copied into the stacked ones)."""
         graphdefs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
         odd = [i for i, other in enumerate(graphdefs) if other != graphdefs[0]]
@@ -111,7 +122,7 @@ class Stack(nnx.Module):
                 index, state = xs
                 return nnx.merge(graphdef, state, shared)(carry, index, *args, **kwargs), None
 
-            return jax.lax.scan(jax.checkpoint(body) if self.remat else body, carry, (indices, stacked))[0]
+            return jax.lax.scan(self._recomputed(body) if self.remat else body, carry, (indices, stacked))[0]
         for start, stop in runs(self.length, partial):
             carry = self._run(carry, start, stop, args, kwargs)
         return carry
@@ -154,7 +165,17 @@ class Stack(nnx.Module):
             return nnx.merge(graphdef, shared, own, whole)(carry, index, *args, **kwargs), None
 
         xs = (jnp.arange(start, stop, dtype=jnp.int32), rows)
-        return jax.lax.scan(jax.checkpoint(body, policy=None if self.remat else _keep), carry, xs)[0]
+        return jax.lax.scan(self._recomputed(body) if self.remat else jax.checkpoint(body, policy=_keep), carry, xs)[0]
+
+    def _recomputed(self, body: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """The body of a scan, which runs again for its backward pass."""
+        if self.remat != "offload":
+            return jax.checkpoint(body)
+
+        def named(carry: Any, xs: Any) -> Any:
+            return body(jax.tree.map(lambda array: checkpoint_name(array, _INPUT), carry), xs)
+
+        return jax.checkpoint(named, policy=_TO_HOST)
 
 
 def _wrappers(layer: nnx.Module) -> list[tuple[Path, Wrapper]]:
@@ -166,6 +187,28 @@ def runs(length: int, covered: Sequence[set[int]]) -> list[tuple[int, int]]:
     active = [tuple(index in layers for layers in covered) for index in range(length)]
     starts = [index for index in range(length) if index == 0 or active[index] != active[index - 1]]
     return list(zip(starts, [*starts[1:], length], strict=True))
+
+
+def offload(model: nnx.Module) -> Any:
+    """A copy of `model`, sharing its arrays, whose stacks recompute their layers from inputs kept in the host's memory.
+
+    For steps whose layer inputs (batch x tokens x width each) do not fit the device: they travel to the host in the
+    forward pass and back in the backward pass. The backend needs a memory of kind "pinned_host", as GPUs and TPUs have.
+    Raises JpeftError if there is no `Stack` in the model.
+    """
+    found = 0
+
+    def changed(module: Any) -> Any:
+        nonlocal found
+        if not isinstance(module, Stack):
+            return module
+        found += 1
+        return Stack(module.layer, module.length, remat="offload")
+
+    made = surgery.rewrite(model, changed)
+    if not found:
+        raise JpeftError(f"offload: {type(model).__name__} keeps its layers in no jpeft.Stack, which it is done for")
+    return made
 
 
 def run_layers(layers: Any, carry: Any, *args: Any, **kwargs: Any) -> Any:

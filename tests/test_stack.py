@@ -162,3 +162,23 @@ def test_a_stack_inside_a_stack_is_refused() -> None:
 
     with pytest.raises(jpeft.JpeftError, match="outer/inner is a Stack inside the layers of a Stack"):
         jpeft.LoRA(rank=2)(Nested(), rngs=0)
+
+
+@pytest.mark.parametrize("layers", [None, [1, 2]], ids=str)
+def test_layer_inputs_in_the_memory_of_the_host_change_no_gradient(layers: Any) -> None:
+    method = jpeft.LoRA(rank=3, targets=["up", "down"], layers=layers)
+    model = method(zoo.UserModel(nnx.Rngs(0), stacked=True, depth=4), rngs=nnx.Rngs(4))
+    there = jpeft.offload(model)
+    assert model.layers.remat is False
+    values, key = zoo.trained(jpeft.partition(model)), jax.random.key(8)
+    for one, other in zip(*(jax.tree.leaves(value_and_gradient(m, values, key)) for m in (model, there)), strict=True):
+        assert zoo.relative(one, other) < 1e-5
+
+    parts, ids = jpeft.partition(there), zoo.ids()
+    run = jax.grad(lambda adapter: jpeft.combine(parts.graphdef, adapter, parts.buffers, parts.frozen)(ids).sum())
+    shape = ",".join(map(str, (4 if layers is None else 2, *ids.shape, zoo.WIDTH)))  # of the inputs of adapted layers
+    program = str(jax.make_jaxpr(run)(values))
+    assert f"f32<host>[{shape}]" in program
+    assert f"f32[{shape}]" not in program
+    with pytest.raises(jpeft.JpeftError, match=r"offload: UserModel keeps its layers in no jpeft\.Stack"):
+        jpeft.offload(zoo.UserModel(nnx.Rngs(0), stacked=False))

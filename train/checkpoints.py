@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.errors import JpeftError
-from train import processes
+from train import placing, processes
 
 _PART = "state"
 
@@ -119,7 +119,7 @@ class Checkpoints:
         if self.latest == step:
             return
         # The next step donates its arrays, while the thread still writes them.
-        arrays = jax.tree.map(jnp.copy, {name: part for name, part in state.arrays().items() if part})
+        arrays = jax.tree.map(_copied, {name: part for name, part in state.arrays().items() if part})
         try:
             self._pending = self._orbax.save_checkpointables_async(
                 step, {_PART: arrays}, force=True, custom_metadata=dict(state.notes)
@@ -180,6 +180,12 @@ class Checkpoints:
             f"{self._folder}: a checkpoint cannot be written: {_first_line(error)}; {kept}. "
             "With room on the disk, the same command goes on from there"
         )
+
+
+def _copied(array: jax.Array) -> jax.Array:
+    if array.sharding.memory_kind == placing.HOST:  # it is not brought to the device for that
+        return jax.device_put(array, array.sharding, may_alias=False)
+    return jnp.copy(array)
 
 
 @jax.jit

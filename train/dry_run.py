@@ -32,7 +32,7 @@ def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None
     """
     graphdef, adapter, buffers, frozen = jpeft.partition(model)
     state = jax.eval_shape(plan.transform.init, adapter)
-    layouts = placing.layouts(plan.transform, adapter, mesh)
+    layouts = placing.layouts(plan.transform, adapter, mesh, on_host=plan.on_host)
     if layouts is not None:
         state = jax.tree.map(placed_value, state, layouts[1])
     display.say(plan.sentence())
@@ -40,7 +40,9 @@ def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None
     held = {"frozen weights": frozen, "adapter": {**adapter, **buffers}, "optimizer": state}
     saved = held["adapter"], (adapter, state)
     sizes = {name: _bytes(arrays) for name, arrays in held.items()}
-    display.say("memory    " + ", ".join(f"{name} {size(count)}" for name, count in sizes.items()))
+    said = ", ".join(f"{name} {size(count)}" for name, count in sizes.items())
+    display.say(f"memory    {said}" + " in the host's memory" * plan.on_host)
+    on_device = sum(sizes.values()) - (sizes["optimizer"] if plan.on_host else 0)
     step: Any = make_step(graphdef, kind, plan.recipe, layouts)
     key = jax.eval_shape(lambda: jax.random.key(0))
     number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -60,7 +62,7 @@ def show(plan: Plan, model: Any, kind: Task, display: Display, mesh: Mesh | None
         products = flops(traced.jaxpr.jaxpr)
         work += products * counts[length] * part
         temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
-        whole = sum(sizes.values()) + (temporary or 0)
+        whole = on_device + (temporary or 0)
         peak = "" if temporary is None else f", {size(temporary)} of temporaries, {size(whole)} in all"
         display.say(
             f"step      {about}{round(counts[length] * part)} of {length} tokens a row: {_count(products)}FLOP{peak} "

@@ -75,7 +75,7 @@ class Loop:
         # The step donates its arrays, and those of `model` are its owner's.
         adapter = jax.tree.map(jnp.copy, adapter)
         best = jax.tree.map(jnp.copy, adapter) if evaluation.best else {}
-        self.layouts = placing.layouts(self.plan.transform, adapter, mesh)
+        self.layouts = placing.layouts(self.plan.transform, adapter, mesh, on_host=self.plan.on_host)
         init = jax.jit(self.plan.transform.init, out_shardings=None if self.layouts is None else self.layouts[1])
         self.state = State(adapter, init(adapter), best, {"seconds": {}, "resumed": []})
         self.seconds = dict.fromkeys(("compile", "train", "evaluation", "between_steps", "input"), 0.0)

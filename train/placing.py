@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import jpeft
 from jpeft.errors import JpeftError
 from jpeft.sharding import AXES, BATCH, Rules, batch_sharding
 from train.schema import Config
+
+HOST = "pinned_host"
 
 
 def mesh_of(config: Config) -> Mesh | None:
@@ -96,9 +98,31 @@ def rows_along(mesh: Mesh, axis: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, *batch_sharding(mesh).spec))
 
 
-def layouts(transform: Any, adapter: dict[str, Any], mesh: Mesh | None) -> tuple[Any, Any] | None:
-    """Where a step leaves the adapter and the optimizer's state: as the adapter lies; None for one device."""
-    if mesh is None:
+def layouts(
+    transform: Any, adapter: dict[str, Any], mesh: Mesh | None, *, on_host: bool = False
+) -> tuple[Any, Any] | None:
+    """Where a step leaves the adapter and the optimizer's state: as the adapter lies; None for one device.
+
+    on_host: the arrays of the state in the memory of the devices' hosts.
+    """
+    where: dict[str, Any]
+    if mesh is not None:
+        where = {key: value.sharding for key, value in adapter.items()}
+        lies = jpeft.optimizer_shardings(transform, adapter, where)
+    elif on_host:
+        one = SingleDeviceSharding(jax.local_devices()[0])
+        where = dict.fromkeys(adapter, one)
+        lies = jax.tree.map(lambda _: one, jax.eval_shape(transform.init, adapter))
+    else:
         return None
-    where = {key: value.sharding for key, value in adapter.items()}
-    return where, jpeft.optimizer_shardings(transform, adapter, where)
+    if on_host:
+        state = jax.eval_shape(transform.init, adapter)
+        lies = jax.tree.map(lambda like, at: at.with_memory_kind(HOST) if like.ndim else at, state, lies)
+    return where, lies
+
+
+def missing_host_memory() -> str | None:
+    """Why arrays cannot be kept in the memory of the host, if they cannot."""
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    return None if HOST in kinds else f"{device.device_kind} offers no memory of kind {HOST}, only {', '.join(kinds)}"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import jpeft
-from train import batches
+from train import batches, placing
 from train.data import TaskData
 from train.examples import Example
 from train.optimizers import matrices, rates, recipe
@@ -30,7 +30,7 @@ class Plan:
     lengths: tokens of each training row. per_step: rows of an optimizer step. per_epoch: steps of a pass over the rows.
     steps: in all. every: steps between evaluations. windows: the rows of each step; of a stream, those that are known
     before it is read. recipe: of the optimizer; transform: the
-    optimizer, with what the methods do to it.
+    optimizer, with what the methods do to it. on_host: whether its state is kept in the memory of the host.
     """
 
     def __init__(self, config: Config, model: Any, task: TaskData):
@@ -68,6 +68,7 @@ class Plan:
         self._rates = functools.lru_cache(2)(functools.partial(self._block, training, groups))
         self.recipe = recipe(training, self.steps, groups, matrices(model, groups))
         self.transform = self.recipe(model)
+        self.on_host = "optimizer" in training.offload and placing.missing_host_memory() is None
         self._feed = batches.Batches(task.kind, task.train, training.seed)
 
     @property

@@ -18,7 +18,7 @@ import jpeft
 from jpeft.checkpoint import fingerprint
 from jpeft.errors import JpeftError
 from train import config as configs
-from train import dry_run, processes, session, starts, summary, trackers
+from train import dry_run, placing, processes, session, starts, summary, trackers
 from train.data import TaskData
 from train.display import Display, size
 from train.ending import Ending, methods_of
@@ -125,6 +125,8 @@ def carry_out(
         display.say(f"mesh      {mesh.size} devices{f' of {count} processes' * (count > 1)}: {sizes}")
     elif jax.device_count() > 1:
         display.say(f"warning   {jax.device_count()} devices are here and 1 is used; mesh.data=-1 uses all of them")
+    if config.training.offload and (reason := placing.missing_host_memory()):
+        display.say(f"warning   training.offload: {reason}; the run goes on without")
     if dry:
         dry_run.show_targets(config, model, display)
         dry_run.show(Plan(config, model, task), model, task.kind, display, mesh)
@@ -170,6 +172,8 @@ def _check_same(facts: Mapping[str, str]) -> None:
 def adapted(config: Config, materials: Materials) -> Any:
     """The model as a run of `config` begins with it: base, and the method as its seed makes it."""
     base, made = materials.base, starts.adapted(config, materials)
+    if "activations" in config.training.offload and placing.missing_host_memory() is None:
+        made = jpeft.offload(made)
     return made if base.mesh is None else jpeft.shard(made, base.mesh, base.rules)
 
 

@@ -139,6 +139,11 @@ class TrainingConfig(Section):
         4.0,
         description="stop when the mean loss of 20 steps is this many times that of the first 20; null: never",
     )
+    offload: list[Literal["optimizer", "activations"]] = Field(
+        [],
+        description="what is kept in the host's memory and fetched when it is needed: the state of the optimizer; the "
+        "inputs of layers, which are then recomputed in the backward pass (as with model.remat)",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="initial values, order of rows, dropout")
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import jpeft
+from train import placing
 
 if TYPE_CHECKING:
     from train.tasks.task import Task
@@ -44,7 +45,8 @@ def make_step(
     """The jitted step: `(adapter, state, buffers, frozen, batch, key, number, rates) -> (adapter, state, metrics)`.
 
     optimizer: makes the optimizer for a model; a value (`train.optimizers.Recipe`), by which programs are found again.
-    rates: the learning rate of each group, float32 scalars.
+    rates: the learning rate of each group, float32 scalars. A state that lies in the memory of the host (`layouts`) is
+    fetched for its update.
 
     batch: arrays [A, B, ...], A micro-batches of B rows, as `task` makes and reads them. key: of the run; dropout uses
     key, step and micro-batch. The adapter and the optimizer state are donated; layouts: their shardings, where they are
@@ -53,7 +55,9 @@ def make_step(
 
     if layouts is None:
         return _kept_step(graphdef, task.losses, optimizer)
-    return jax.jit(_step(graphdef, task.losses, optimizer), donate_argnums=(0, 1), out_shardings=(*layouts, None))
+    kinds = {at.memory_kind for at in jax.tree.leaves(layouts[1])}
+    step = _step(graphdef, task.losses, optimizer, fetch=placing.HOST in kinds)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*layouts, None))
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -61,7 +65,10 @@ def _kept_step(graphdef: Any, losses: Losses, optimizer: Any) -> Callable[..., A
     return jax.jit(_step(graphdef, losses, optimizer), donate_argnums=(0, 1))
 
 
-def _step(graphdef: Any, losses: Losses, optimizer: Any) -> Callable[..., Any]:
+def _step(graphdef: Any, losses: Losses, optimizer: Any, *, fetch: bool = False) -> Callable[..., Any]:
+    def fetched(state: Any) -> Any:
+        return jax.device_put(state, jax.memory.Space.Device) if fetch else state
+
     def step(
         adapter: Arrays,
         state: Any,
@@ -96,7 +103,7 @@ def _step(graphdef: Any, losses: Losses, optimizer: Any) -> Callable[..., Any]:
             start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter))
             (loss, grads), _ = jax.lax.scan(body, start, (jnp.arange(parts), batch))
         transform = optimizer(jpeft.combine(graphdef, adapter, buffers, frozen))
-        updates, state = transform.update(grads, state, adapter, rates=rates)
+        updates, state = transform.update(grads, fetched(state), adapter, rates=rates)
         adapter = optax.apply_updates(adapter, updates)
         return adapter, state, {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
 

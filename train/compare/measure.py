@@ -121,7 +121,7 @@ def _step(plan: Plan, model: Any, task: TaskData, seed: int, mesh: Mesh | None) 
     """(median seconds, bytes of temporaries) of a step over the longest rows."""
     graphdef, adapter, buffers, frozen = jpeft.partition(model)
     adapter = jax.tree.map(jnp.copy, adapter)  # the step donates it
-    layouts = placing.layouts(plan.transform, adapter, mesh)
+    layouts = placing.layouts(plan.transform, adapter, mesh, on_host=plan.on_host)
     init = jax.jit(plan.transform.init, out_shardings=None if layouts is None else layouts[1])
     state = init(adapter)
     window = next(window for window in plan.windows if window.length == max(plan.shapes))
