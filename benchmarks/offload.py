@@ -65,7 +65,7 @@ def compiled(mesh: Mesh, options: argparse.Namespace, there: bool) -> Any:
     }
 
     def make() -> Any:
-        base = jpeft.models.from_config(config, dtype="bfloat16", remat=True, rngs=nnx.Rngs(0))
+        base = jpeft.models.from_config(config, task="causal-lm", dtype="bfloat16", remat=True, rngs=nnx.Rngs(0))
         return jpeft.LoRA(rank=4, targets=["q_proj"])(base, rngs=0)
 
     model = nnx.eval_shape(make)
