@@ -163,14 +163,19 @@ def test_masks_are_drawn_from_seed_epoch_and_row(jsonl: Callable[..., Path]) -> 
         kind.reader(None, Reader(make_tokenizer(), 64))  # type: ignore[arg-type]
 
 
-def test_a_run_that_fills_in_masks(bert: Path, jsonl: Callable[..., Path], config_file: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_run_that_fills_in_masks(
+    bert: Path, jsonl: Callable[..., Path], config_file: Any, tmp_path: Path, streamed: bool
+) -> None:
     tokenizer = masking_tokenizer()
     config = {**jpeft.models.load(bert, task="base").config.raw, "vocab_size": len(tokenizer)}
     folder = tmp_path / "model"
     jpeft.models.save(jpeft.models.from_config(config, task="masked-lm", rngs=nnx.Rngs(0)), folder)
     tokenizer.save_pretrained(folder)
     path = jsonl([{"text": f"the {WORDS[n % 3]} is" * 2} for n in range(60)])
-    result = run(config_file, folder, f"source: {path}, text: text", tmp_path / "run", task=", task: masked-lm")
+    data = f"source: {path}, text: text" + ", streaming: true, chunk: 24" * streamed
+    steps = ["training.epochs=~", "training.max_steps=24"] if streamed else []
+    result = run(config_file, folder, data, tmp_path / "run", "", ", task: masked-lm", *steps)
     assert result.after.metrics["loss"] < 0.9 * result.before.metrics["loss"]
     (said,) = use.generate(tmp_path / "run", ["the <mask> is"])
     assert said.startswith("the")
