@@ -82,7 +82,12 @@ def test_starts_as_the_base(model_name: str, method_name: str) -> None:
     made, expected = evaluate(model_name, adapted_of(model_name, method_name)), output(model_name)
     starts = zoo.ENTRIES[method_name].starts
     if starts == "exactly":
-        assert jnp.array_equal(made, expected)
+        assert zoo.relative(made, expected) < 1e-6
+        if not jnp.array_equal(made, expected):  # XLA fuses a stack in several runs otherwise than one in a single run
+            with jax.disable_jit():
+                models = adapted_of(model_name, method_name), base_of(model_name)
+                made, expected = map(zoo.MODELS[model_name].run, models)
+            assert jnp.array_equal(made, expected)
     elif starts == "closely":
         assert zoo.relative(made, expected) < 1e-5
     else:
@@ -159,7 +164,8 @@ def test_stripping_gives_the_base_back(model_name: str, method_name: str) -> Non
 @deep
 def test_both_ways_into_optax_agree(model_name: str, method_name: str) -> None:
     parts = jpeft.partition(adapted_of(model_name, method_name))
-    loss, optimizer = loss_of(model_name, parts), optax.adamw(1e-2, weight_decay=0.1)
+    # eps: else Adam makes whole steps of gradients that are hardly more than rounding, which differs by program.
+    loss, optimizer = loss_of(model_name, parts), optax.adamw(1e-2, eps=0.1, weight_decay=0.1)
     adapter = zoo.trained(parts)
 
     def updated(tree: Any, gradient: Any, transformation: Any) -> Any:
