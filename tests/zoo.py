@@ -367,13 +367,14 @@ VARIANTS: dict[str, Entry] = {
 }
 
 ENTRIES = {**METHODS, **VARIANTS}
-# LoRA on every model, each other on one.
-FIRST = [
-    (model, name) for name, entry in ENTRIES.items() for model in (entry.models if name == "lora" else entry.models[:1])
-]
-# How NNX holds a module decides nothing about how a method meets a model, so that these do in tree mode.
+# How NNX holds a module decides nothing about how a method meets a model: in tree mode each method has one model, and
+# LoRA all of them.
 _TREE = os.environ.get("NNX_GRAPH_MODE", "").lower() == "false"
-PAIRS = FIRST if _TREE else [(model, name) for name, entry in ENTRIES.items() for model in entry.models]
+PAIRS = [
+    (model, name)
+    for name, entry in ENTRIES.items()
+    for model in (entry.models[:1] if _TREE and name != "lora" else entry.models)
+]
 # LoRA on every model, the others where layers are a rematerialised stack and on one whole family.
 DEEP = [(model, name) for model, name in PAIRS if name == "lora" or model in ("user-stack-remat", "llama")]
 

@@ -42,11 +42,13 @@ def test_it_computes_as_a_linear_layer_with_the_dequantised_kernel(dtype: str) -
         x = jax.random.normal(jax.random.key(1), (2, 3, 12))
         made, expected = quantized(x), plain(x)
         assert made.dtype == expected.dtype == (compute or "float32")
-        # The same products summed in another order: the codes lie as [out, in].
+        # The codes lie as [out, in]: these are the very products, those of `plain` are summed in another order.
+        weight, bias = plain.kernel[...].T.astype(made.dtype), linear.bias[...].astype(made.dtype)
+        over = (((2,), (1,)), ((), ()))
+        assert jnp.array_equal(made, jax.lax.dot_general(x.astype(made.dtype), weight, over) + bias)
         size = np.abs(x) @ np.abs(plain.kernel[...].astype("float32")) + np.abs(linear.bias[...].astype("float32"))
-        assert np.all(
-            np.abs(made.astype("float32") - expected.astype("float32")) <= 4 * jnp.finfo(made.dtype).eps * size
-        )
+        apart = np.abs(made.astype("float32") - expected.astype("float32"))
+        assert np.all(apart <= 4 * jnp.finfo(made.dtype).eps * size)
 
 
 def test_what_is_quantised_and_what_stays() -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from jpeft import JpeftError
 from train import trackers
-from train.schema import Config, DataConfig, ModelConfig, OutputConfig
+from train.optimizers import rates, recipe
+from train.schema import Config, DataConfig, ModelConfig, OutputConfig, TrainingConfig
 
 
 def config(**output: Any) -> Config:
@@ -141,3 +142,22 @@ def test_what_is_no_record_is_passed_over(tmp_path: Path) -> None:
         trackers.read(tmp_path)
     with pytest.raises(JpeftError, match=r"metrics\.jsonl cannot be written"):
         trackers.open_trackers(config(), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_the_rates_logged_are_those_the_optimizer_uses(name: Any) -> None:
+    training = TrainingConfig(
+        learning_rate=0.1, head_learning_rate=0.3, schedule=name, warmup=0.4, clip=None, weight_decay=0.0
+    )  # type: ignore[call-arg]
+    labels = {"x/lora/a": "lora_a", "head/kernel": "head"}
+    logged = rates(training, 5, labels, np.arange(5))
+    transform = recipe(training, 5, labels, dict.fromkeys(labels, True)).plain()
+    arrays = {key: np.zeros(1, np.float32) for key in labels}
+    state = transform.init(arrays)
+    for number in range(5):
+        # Adam's update of a gradient that never changes is minus the rate.
+        now = {group: values[number] for group, values in logged.items()}
+        gradient = {key: np.ones(1, np.float32) for key in labels}
+        updates, state = transform.update(gradient, state, arrays, rates=now)
+        for key, group in labels.items():
+            np.testing.assert_allclose(-updates[key][0], logged[group][number], rtol=1e-4)
