@@ -29,8 +29,8 @@ class Plan:
 
     lengths: tokens of each training row. per_step: rows of an optimizer step. per_epoch: steps of a pass over the rows.
     steps: in all. every: steps between evaluations. windows: the rows of each step; of a stream, those that are known
-    before it is read. recipe: of the optimizer; transform: the
-    optimizer, with what the methods do to it. on_host: whether its state is kept in the memory of the host.
+    before it is read. recipe: of the optimizer; transform: the optimizer, with what the methods do to it. on_host:
+    whether its state is kept in the memory of the host.
     """
 
     def __init__(self, config: Config, model: Any, task: TaskData):
