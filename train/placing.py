@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 import jpeft
 from jpeft.errors import JpeftError
 from jpeft.sharding import AXES, BATCH, Rules, batch_sharding
-from train.schema import Config
+from train.schema import Config, TrainingConfig
 
 HOST = "pinned_host"
 
@@ -126,3 +126,8 @@ def missing_host_memory() -> str | None:
     device = jax.local_devices()[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     return None if HOST in kinds else f"{device.device_kind} offers no memory of kind {HOST}, only {', '.join(kinds)}"
+
+
+def offloads(training: TrainingConfig, what: str) -> bool:
+    """Whether a run keeps `what` in the memory of the host: it was asked to, and there is such memory."""
+    return what in training.offload and missing_host_memory() is None

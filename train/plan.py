@@ -68,7 +68,7 @@ class Plan:
         self._rates = functools.lru_cache(2)(functools.partial(self._block, training, groups))
         self.recipe = recipe(training, self.steps, groups, matrices(model, groups))
         self.transform = self.recipe(model)
-        self.on_host = "optimizer" in training.offload and placing.missing_host_memory() is None
+        self.on_host = placing.offloads(training, "optimizer")
         self._feed = batches.Batches(task.kind, task.train, training.seed)
 
     @property

@@ -172,7 +172,7 @@ def _check_same(facts: Mapping[str, str]) -> None:
 def adapted(config: Config, materials: Materials) -> Any:
     """The model as a run of `config` begins with it: base, and the method as its seed makes it."""
     base, made = materials.base, starts.adapted(config, materials)
-    if "activations" in config.training.offload and placing.missing_host_memory() is None:
+    if placing.offloads(config.training, "activations"):
         made = jpeft.offload(made)
     return made if base.mesh is None else jpeft.shard(made, base.mesh, base.rules)
 

@@ -53,19 +53,19 @@ def make_step(
     spread over devices. metrics: loss (the mean over what is learnt, without the methods' penalties), gradient norm.
     """
 
-    if layouts is None:
-        return _kept_step(graphdef, task.losses, optimizer)
-    kinds = {at.memory_kind for at in jax.tree.leaves(layouts[1])}
-    step = _step(graphdef, task.losses, optimizer, fetch=placing.HOST in kinds)
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*layouts, None))
+    lie, tree = jax.tree.flatten(layouts)
+    return _kept_step(graphdef, task.losses, optimizer, tuple(lie), tree)
 
 
 @functools.lru_cache(maxsize=_KEPT)
-def _kept_step(graphdef: Any, losses: Losses, optimizer: Any) -> Callable[..., Any]:
-    return jax.jit(_step(graphdef, losses, optimizer), donate_argnums=(0, 1))
+def _kept_step(graphdef: Any, losses: Losses, optimizer: Any, lie: tuple[Any, ...], tree: Any) -> Callable[..., Any]:
+    """lie, tree: the layouts, flattened."""
+    step = _step(graphdef, losses, optimizer, fetch=any(at.memory_kind == placing.HOST for at in lie))
+    out = (*tree.unflatten(lie), None) if lie else None
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
 
 
-def _step(graphdef: Any, losses: Losses, optimizer: Any, *, fetch: bool = False) -> Callable[..., Any]:
+def _step(graphdef: Any, losses: Losses, optimizer: Any, *, fetch: bool) -> Callable[..., Any]:
     def fetched(state: Any) -> Any:
         return jax.device_put(state, jax.memory.Space.Device) if fetch else state
 
