@@ -16,7 +16,7 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`. How they b
     saved.py        modules and biases that are trained as a whole beside the method
     training.py     what serves training only, in a file of its own
     load.py, save.py   the two directions, which know no method
-    adapterhub.py, adapterhub_fusion.py   the other library's files of bottleneck adapters, alone and fused, read only
+    adapterhub.py, adapterhub_bottleneck.py, adapterhub_fusion.py   the other library's adapters, read only
 
 A new method is one file with a `Converter` and one line in `converters.py`.
 """

@@ -10,16 +10,17 @@ which the softmax does not see; it is checked and left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jpeft.errors import JpeftError
 from jpeft.fusing import fuse
 from jpeft.interop import folder
+from jpeft.interop.adapterhub_bottleneck import holder, load_bottleneck
 from jpeft.interop.config import Schema, Settings
 from jpeft.interop.links import Link, check, filled, turned
-from jpeft.interop.names import Place, places
+from jpeft.interop.names import places
 from jpeft.methods import applied
 from jpeft.methods.fusion_wrappers import FusedAdapters
 from jpeft.partition import combine, partition
@@ -33,16 +34,10 @@ _SCHEMA = Schema(used=dict.fromkeys((*_USED, "value_initialized")), refused={"re
 _MATRICES = ("query.weight", "key.weight", "value.weight")
 
 
-def load_fusion(
-    model: Any,
-    where: Path,
-    given: Sequence[str | Path],
-    load: Callable[[Any, Path], Any],
-    at: Callable[[Any, Place], str],
-) -> Any:
+def load_fusion(model: Any, where: Path, given: Sequence[str | Path]) -> Any:
     """`model` with the fusion saved in the folder `where`; see `load_adapterhub`.
 
-    given: folders of the fused adapters. load: reads one of them onto a model. at: the module of a place's adapters.
+    given: folders of the fused adapters.
     """
     raw = folder.read_config(where, CONFIG)
     said = str(where / CONFIG)
@@ -60,7 +55,7 @@ def load_fusion(
     dropout = settings.rate("dropout_prob") if config.get("dropout_prob") is not None else 0.0
 
     folders = _folders(where, names, given)
-    each = [load(model, folders[name]) for name in names]
+    each = [load_bottleneck(model, folders[name]) for name in names]
     first = applied(each[0])
     for name, one in zip(names, each, strict=True):
         if applied(one) != first:
@@ -73,7 +68,7 @@ def load_fusion(
     fused = fuse(each[0], tasks, rngs=0, dropout=dropout, regularization=regularization)
 
     graphdef, adapter, buffers, frozen = partition(fused)
-    links, ignored = _links(fused, ",".join(names), at)
+    links, ignored = _links(fused, ",".join(names))
     file = folder.read_weights(where, WEIGHTS)
     check(links, file.tensors, ignored, file.where)
     values = filled(links, adapter, lambda tensor: folder.read_tensor(file, tensor))
@@ -105,14 +100,14 @@ def _folders(where: Path, names: Sequence[str], given: Sequence[str | Path]) -> 
     return found
 
 
-def _links(model: Any, name: str, at: Callable[[Any, Place], str]) -> tuple[list[Link], list[str]]:
+def _links(model: Any, name: str) -> tuple[list[Link], list[str]]:
     """The links of a fusion's arrays, and the tensors that the output does not depend on."""
     made, ignored = [], []
     for place in places(model):
         module = place.node.module
         while isinstance(module, Wrapper):
             if isinstance(module, FusedAdapters):
-                before = f"{at(model, place)}.adapter_fusion_layer.{name}."
+                before = f"{holder(model, place)}.adapter_fusion_layer.{name}."
                 if module.layers is not None and place.member not in module.layers:  # there is nothing to attend to
                     ignored += [before + part for part in (*_MATRICES, "query.bias", "key.bias")]
                 else:
