@@ -41,8 +41,9 @@ def token_losses(model: Any, hidden: jax.Array, labels: jax.Array, *, block: int
         return jnp.zeros(labels.shape, jnp.float32)
     graphdef, state = nnx.split(model)
     compute = _kept if _head_is_frozen(model) else _recomputed
-    blocks = (_cut(hidden, block), _cut(labels, block))
-    return _joined(compute(graphdef, state, *blocks), labels.shape[1])
+    parts = _parts(model)
+    blocks = (_cut(hidden, block, parts), _cut(labels, block, parts))
+    return _joined(compute(graphdef, state, *blocks), labels.shape[1], parts)
 
 
 def language_model_loss(
@@ -105,19 +106,31 @@ def _head_is_frozen(model: nnx.Module) -> bool:
     return True
 
 
-def _cut(x: jax.Array, block: int) -> jax.Array:
-    # Blocks are cut along the tokens and keep the batch axis, over which a mesh shards the data.
+def _parts(model: Any) -> int:
+    """Over how many devices a mesh deals out the tokens of a row."""
+    rows = getattr(model, "batch_sharding", None)
+    return 1 if rows is None else rows.mesh.shape.get("context", 1)
+
+
+def _cut(x: jax.Array, block: int, parts: int) -> jax.Array:
+    # Blocks are cut along the tokens and keep the batch axis, over which a mesh shards the data. With tokens in parts
+    # on several devices, each block has some of every part: neighbours in a block are `count` tokens apart.
     batch, length = x.shape[:2]
     count = -(-length // max(1, block // batch))
     size = -(-length // count)
+    if parts > 1:
+        size = -(-size // parts) * parts
+        count = -(-length // size)
     fill = IGNORED if jnp.issubdtype(x.dtype, jnp.integer) else 0
     padding = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
     x = jnp.pad(x, padding, constant_values=fill)
+    if parts > 1:
+        return jnp.moveaxis(x.reshape(batch, size, count, *x.shape[2:]), 2, 0)
     return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)  # [blocks, B, tokens, ...]
 
 
-def _joined(x: jax.Array, length: int) -> jax.Array:
-    x = jnp.moveaxis(x, 0, 1)
+def _joined(x: jax.Array, length: int, parts: int) -> jax.Array:
+    x = jnp.moveaxis(x, 0, 2 if parts > 1 else 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 

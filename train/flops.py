@@ -10,16 +10,30 @@ def flops(jaxpr: Any) -> int:
     """Floating-point operations of the matrix products of a jaxpr, those of a loop as often as it runs.
 
     XLA's own count takes the body of a loop once, hence one layer of a stack of them. Of a `while` loop, whose length
-    no jaxpr knows, the body counts once here too.
+    no jaxpr knows, the body counts once here too, and of branches the greatest. A kernel counts on all of its grid,
+    also where it skips what a mask hides, as XLA's attention computes it; what each device of a mesh does by itself
+    counts on all of them.
     """
     total = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            contracted = equation.params["dimension_numbers"][0][0]
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            contracted = params["dimension_numbers"][0][0]
             shared = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * shared * math.prod(equation.outvars[0].aval.shape)
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            programs = value if isinstance(value, tuple) else (value,)
-            total += times * sum(flops(program) for program in programs if hasattr(program, "eqns"))
+        inner = [
+            flops(program)
+            for value in params.values()
+            for program in (value if isinstance(value, tuple) else (value,))
+            if hasattr(program, "eqns")
+        ]
+        total += _times(name, params) * (max(inner) if name == "cond" else sum(inner))
     return total
+
+
+def _times(name: str, params: dict[str, Any]) -> int:
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return params["mesh"].size if name == "shard_map" else 1

@@ -47,7 +47,9 @@ class ModelConfig(Section):
         "a .gguf file; default: in dtype",
     )
     remat: bool = Field(False, description="recompute layers in the backward pass: less memory, 1.2x the time")
-    attention: str = Field("xla", description="implementation of attention: xla, cudnn, ...")
+    attention: Literal["auto", "xla", "blocks", "cudnn", "pallas"] = Field(
+        "auto", description="implementation of attention; auto: the platform's kernel where it can do what is asked"
+    )
 
 
 class DataConfig(Section):
@@ -187,6 +189,7 @@ class MeshConfig(Section):
 
     data: Size = Field(1, description="devices along which batches are dealt out; -1: all that the others leave")
     fsdp: Size = Field(1, description="devices along which batches and the frozen weights are cut")
+    context: Size = Field(1, description="devices along which the tokens of each row are cut, for long texts")
     tensor: Size = Field(1, description="devices along which the products of each layer are cut")
     rules: dict[str, list[str | None]] | None = Field(
         None,

@@ -4,7 +4,8 @@ The contract, whatever the model does around it:
 
 - keys and values are put in front at every call, behind rotary positions and the KV cache, which never hold them;
 - `is_causal` becomes an explicit mask first: JAX aligns causal order at the top left, where the prefix now stands;
-- masks (padding, causal order, windows) are about real keys: every query sees the whole prefix;
+- masks (padding, causal order, windows) are about real keys: every query sees the whole prefix. As rules they stay
+  rules, where the attention function takes them;
 - an additive bias is 0 at the prefix;
 - real tokens have the positions behind it (`positions_taken`), as if the prefix were text.
 """
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 
 from jpeft.errors import JpeftError
 from jpeft.variables import Trainable
-from jpeft.wrapper import Wrapper
+from jpeft.visible import Visible
+from jpeft.wrapper import Wrapper, innermost
 
 
 class PrefixWrapper(Wrapper):
@@ -53,13 +55,22 @@ class PrefixWrapper(Wrapper):
         k: jax.Array,
         v: jax.Array,
         *,
-        mask: jax.Array | None = None,
+        mask: jax.Array | Visible | None = None,
         bias: jax.Array | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> jax.Array:
         """q [..., T, N, H] over k, v [..., S, K, H]; mask and bias broadcast to [..., N, T, S]."""
         queries, keys = q.shape[-3], k.shape[-3]
+        own_k, own_v = (self._rows(rows, k) for rows in self.prefix())
+        with_k, with_v = jnp.concatenate([own_k, k], axis=-3), jnp.concatenate([own_v, v], axis=-3)
+        plain = bias is None and self.weights is None and self.adapter_ids is None
+        if is_causal and mask is None and getattr(innermost(self), "takes_rules", False):
+            mask, is_causal = Visible(causal=True), False
+        if isinstance(mask, Visible):
+            if plain:
+                return self.base(q, with_k, with_v, mask=mask.behind(self.positions_taken), **kwargs)
+            mask = mask.array(queries, keys)
         if is_causal:
             causal = jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None]
             causal = causal.reshape((1,) * (k.ndim - 2) + causal.shape)
@@ -80,9 +91,7 @@ class PrefixWrapper(Wrapper):
         if bias is not None:
             own = 0 if self.weights is None else self.weights[..., None, :, None]
             kwargs["bias"] = _widened(bias, self.positions_taken, keys, own)
-        own_k, own_v = (self._rows(rows, k) for rows in self.prefix())
-        k, v = jnp.concatenate([own_k, k], axis=-3), jnp.concatenate([own_v, v], axis=-3)
-        return self.base(q, k, v, mask=mask, **kwargs)
+        return self.base(q, with_k, with_v, mask=mask, **kwargs)
 
     def _rows(self, rows: jax.Array, like: jax.Array) -> jax.Array:
         """`rows` in the dtype and for the rows of `like`, [..., S, K, H]: [..., P, K, H]."""

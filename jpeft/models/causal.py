@@ -7,58 +7,64 @@ A family defines a `CausalModel` (embedding, layers, final norm) and gets its he
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft import kv_cache
 from jpeft.errors import JpeftError
-from jpeft.models import attention as masks
+from jpeft.models.attention import Attention
+from jpeft.models.attention.masks import token_positions
 from jpeft.models.config import Config
 from jpeft.models.layers import linear
 from jpeft.models.model import Model, check_mask, check_tokens, compiled, last_token, mean_token, new_head
 from jpeft.virtual_tokens import position_offset, with_prompt
+from jpeft.visible import Visible
 
 Cache = dict[str, jax.Array]
+Mask = jax.Array | Visible | None
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerMasks:
     """The masks of full and of sliding-window layers, and which layers slide; None stands for plain causal order."""
 
-    full: jax.Array | None
-    sliding: jax.Array | None
+    full: Mask
+    sliding: Mask
     slides: tuple[bool, ...]
 
-    def at(self, index: Any) -> jax.Array | None:
+    def at(self, index: Any) -> Mask:
         """The mask of layer `index`, which may be traced."""
         if self.full is None or self.sliding is None or not any(self.slides):
             return self.full
         if all(self.slides):
             return self.sliding
-        return jnp.where(jnp.asarray(self.slides)[index], self.sliding, self.full)
+        slides = jnp.asarray(self.slides)[index]
+        if isinstance(self.sliding, Visible):
+            return dataclasses.replace(self.sliding, slides=slides)
+        assert not isinstance(self.full, Visible)
+        return jnp.where(slides, self.sliding, self.full)
 
 
 def layer_masks(
-    shape: tuple[int, ...],
-    mask: jax.Array | None,
-    segment_ids: jax.Array | None,
-    window: int | None,
-    slides: tuple[bool, ...],
+    rules: Visible, keys: int, window: int | None, slides: tuple[bool, ...], attention: Attention, queries: int
 ) -> LayerMasks:
-    """Masks for a batch [B, T] without a cache: None where plain causal order can be left to the attention function."""
-    length = shape[1]
-    windowed = window is not None and window < length and any(slides)
-    if mask is None and segment_ids is None and not windowed:
+    """The masks under `rules`, which know no window: arrays of all layers, made once, or rules if `attention` asks.
+
+    None where plain causal order can be left to the attention function.
+    """
+    windowed = window is not None and window < keys and any(slides)
+    if rules.first is None and rules.real is None and rules.segments is None and not windowed:
         return LayerMasks(None, None, slides)
-    full = masks.causal_mask(length, length)
-    sliding = masks.causal_mask(length, length, window=window) if windowed else full
-    for visible in (masks.padding_mask(mask), None if segment_ids is None else masks.segment_mask(segment_ids)):
-        if visible is not None:
-            full, sliding = full & visible, sliding & visible
-    return LayerMasks(full, sliding, slides)
+    sliding = dataclasses.replace(rules, window=window) if windowed else rules
+    if attention.prefers_rules(queries, keys):
+        return LayerMasks(rules, sliding, slides if windowed else (False,) * len(slides))
+    full = rules.array(queries, keys)
+    return LayerMasks(full, sliding.array(queries, keys) if windowed else full, slides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +87,17 @@ class CausalModel(Model):
     embedding: ClassVar[str]  # the attribute that holds the token embedding
     cache_shape: tuple[int, int, int]  # layers, key-value heads, head width
 
-    def __init__(self, config: Config, **settings: Any):
+    def __init__(self, config: Config, *, attention: Attention, **settings: Any):
         super().__init__(config)
+        self.attention = attention
+
+    def on_mesh(self, rows: NamedSharding, own: Mapping[str, PartitionSpec]) -> None:
+        """Told by `jpeft.shard` how the rows of a batch lie."""
+        super().on_mesh(rows, own)
+        self.attention = dataclasses.replace(self.attention, rows=rows)
+
+    def _masks(self, rules: Visible, queries: int, keys: int) -> LayerMasks:
+        return layer_masks(rules, keys, *self.sliding(), self.attention, queries)
 
     def run(
         self, input_ids: jax.Array, positions: jax.Array, layer_masks: LayerMasks, arrays: Any, slot: CacheSlot | None
@@ -133,9 +148,10 @@ class CausalModel(Model):
                 raise JpeftError("segment_ids: packed texts cannot go into a cache; decode them as rows of a batch")
             return self._cached(input_ids, attention_mask, positions, cache)
         if positions is None:
-            positions = masks.token_positions(attention_mask, segment_ids, input_ids.shape)
+            positions = token_positions(attention_mask, segment_ids, input_ids.shape)
         positions = positions + position_offset(self)
-        chosen = layer_masks(input_ids.shape, attention_mask, segment_ids, *self.sliding())
+        rules = Visible(causal=True, real=attention_mask, segments=segment_ids)
+        chosen = self._masks(rules, *(input_ids.shape[1],) * 2)
         return self.run(input_ids, positions, chosen, None, None)[0], None
 
     def _cached(
@@ -152,12 +168,9 @@ class CausalModel(Model):
         if positions is None:
             positions = jnp.maximum(cache["positions"][:, None] + count - 1, 0)
         positions = positions + position_offset(self)
-        window, slides = self.sliding()
-        visible = seen[:, None, None, :]
-        full = masks.causal_mask(length, room, slot) & visible
-        sliding = masks.causal_mask(length, room, slot, window) & visible if any(slides) else full
+        chosen = self._masks(Visible(causal=True, real=seen, first=slot), length, room)
         arrays = (cache["k"], cache["v"])
-        hidden, (k, v) = self.run(input_ids, positions, LayerMasks(full, sliding, slides), arrays, CacheSlot(slot))
+        hidden, (k, v) = self.run(input_ids, positions, chosen, arrays, CacheSlot(slot))
         following = cache["positions"] + count[:, -1]
         return hidden, {"k": k, "v": v, "mask": seen, "positions": following, "index": slot + length}
 

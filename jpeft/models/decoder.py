@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from flax.core import FrozenDict
 
-from jpeft.models.attention import Attention
+from jpeft.models.attention import Attends, Attention
 from jpeft.models.causal import CacheSlot, CausalModel, ClassifierHead, LanguageHead, LayerMasks
 from jpeft.models.config import Config, Fields
 from jpeft.models.families import Family
@@ -47,7 +47,7 @@ class DecoderConfig(Config):
     layer_windows: tuple[bool, ...]
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(Attends):
     """Causal self-attention with rotary positions."""
 
     def __init__(self, config: DecoderConfig, *, attention: Attention, param_dtype: Any, rngs: nnx.Rngs):
@@ -174,7 +174,7 @@ class Decoder(CausalModel):
         rngs: nnx.Rngs,
         pooling: str | None = None,
     ):
-        super().__init__(config)
+        super().__init__(config, attention=attention)
         self.cache_shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
         self.embed_tokens = embed(
             config.vocab_size, config.hidden_size, stddev=config.initializer_range, param_dtype=param_dtype, rngs=rngs

@@ -20,7 +20,8 @@ from flax.core import FrozenDict
 from jax.sharding import PartitionSpec
 
 from jpeft.errors import JpeftError
-from jpeft.models.attention import Attention, padding_mask
+from jpeft.models.attention import Attention
+from jpeft.models.attention.masks import padding_mask
 from jpeft.models.config import Fields
 from jpeft.models.encoder_layers import (
     ClassificationHead,

@@ -23,7 +23,8 @@ from flax.core import FrozenDict
 
 from jpeft import kv_cache
 from jpeft.errors import JpeftError
-from jpeft.models.attention import Attention, causal_mask, padding_mask
+from jpeft.models.attention import Attention
+from jpeft.models.attention.masks import causal_mask, padding_mask
 from jpeft.models.encoder_decoder_config import EncoderDecoderConfig, parse
 from jpeft.models.encoder_decoder_layers import CROSS, T5Stack
 from jpeft.models.families import Family

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jpeft import kv_cache
-from jpeft.models.attention import Attention
+from jpeft.models.attention import Attends, Attention
 from jpeft.models.encoder_decoder_config import EncoderDecoderConfig
 from jpeft.models.layers import RMSNorm, activation, embed, gated, linear
 from jpeft.stack import Stack, run_layers
@@ -39,7 +39,7 @@ def relative_buckets(num_buckets: int, max_distance: int, *, bidirectional: bool
     return (ahead + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
-class T5Attention(nnx.Module):
+class T5Attention(Attends):
     """Unscaled multi-head attention of [B, T, D] over keys and values [B, S, N, H]; N H need not be D."""
 
     def __init__(self, config: EncoderDecoderConfig, attention: Attention, *, param_dtype: Any, rngs: nnx.Rngs):

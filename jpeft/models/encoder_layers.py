@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jpeft.models.attention import Attention
+from jpeft.models.attention import Attends, Attention
 from jpeft.models.config import Config
 from jpeft.models.layers import activation, embed, layer_norm, linear
 from jpeft.stack import Stack, run_layers
@@ -61,7 +61,7 @@ class Embeddings(nnx.Module):
         return self.LayerNorm(words + self.position_embeddings(positions))
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(Attends):
     """Bidirectional attention without the output projection: [B, T, D] -> [B, T, D]."""
 
     def __init__(self, make: Make, attention: Attention, *, rngs: nnx.Rngs):

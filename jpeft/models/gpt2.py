@@ -15,7 +15,7 @@ from flax.core import FrozenDict
 from jax.sharding import PartitionSpec
 
 from jpeft.errors import JpeftError
-from jpeft.models.attention import Attention
+from jpeft.models.attention import Attends, Attention
 from jpeft.models.causal import CacheSlot, CausalModel, ClassifierHead, LanguageHead, LayerMasks
 from jpeft.models.config import Config, Fields
 from jpeft.models.families import Family
@@ -38,7 +38,7 @@ class GPT2Config(Config):
     scale_by_layer: bool
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(Attends):
     """Causal self-attention."""
 
     def __init__(self, config: GPT2Config, *, attention: Attention, param_dtype: Any, rngs: nnx.Rngs):
@@ -152,7 +152,7 @@ class GPT2(CausalModel):
         rngs: nnx.Rngs,
         pooling: str | None = None,
     ):
-        super().__init__(config)
+        super().__init__(config, attention=attention)
         width = config.hidden_size // config.num_attention_heads
         self.cache_shape = (config.num_hidden_layers, config.num_attention_heads, width)
         table = functools.partial(

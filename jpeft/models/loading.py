@@ -47,7 +47,7 @@ def load(
     dtype: Any = None,
     pooling: str | None = None,
     remat: bool = False,
-    attention: str = "xla",
+    attention: str = "auto",
     rngs: nnx.Rngs | None = None,
     revision: str | None = None,
     quantize: Format | str | None = None,
@@ -60,8 +60,9 @@ def load(
     task: "causal-lm", "sequence-classification", "token-classification", "masked-lm", "seq2seq-lm" or "base"; default:
     what config.json says. num_labels: classes of a classification head. dtype: "float32", "bfloat16" or "float16";
     default: the checkpoint's. pooling: how a classifier sums up a sequence, None for Hugging Face's way or "mean".
-    remat: recompute each layer in the backward pass. attention: "xla", "cudnn" or "pallas". rngs: seed of a head that
-    the checkpoint does not have (default `nnx.Rngs(0)`); such a head is `Trainable`. revision: of a hub id.
+    remat: recompute each layer in the backward pass. attention: an implementation that `Attention` knows, by default
+    the platform's fastest. rngs: seed of a head that the checkpoint does not have (default `nnx.Rngs(0)`); such a head
+    is `Trainable`. revision: of a hub id.
 
     quantize: `jpeft.NF4()` or another format, or its name ("nf4", "fp4", "int4", "int8"): linear layers are quantised
     as they are read, so that the model is never held in full precision. "keep": the blocks of a .gguf file (Q4_0, Q4_1,
@@ -100,7 +101,7 @@ def from_config(
     dtype: Any = "float32",
     pooling: str | None = None,
     remat: bool = False,
-    attention: str = "xla",
+    attention: str = "auto",
     rngs: nnx.Rngs | None = None,
 ) -> Model:
     """A randomly initialised model of the configuration that a config.json holds. Works under `nnx.eval_shape`.

@@ -98,7 +98,9 @@ class Model(nnx.Module):
         self.batch_sharding = rows
 
     def by_rows(self, x: jax.Array) -> jax.Array:
-        """x [B, ...], on a mesh with its rows where those of the batch are."""
+        """x [B, ...], on a mesh with its rows where those of the batch are; hidden states [B, T, D] with their tokens
+        along `context`.
+        """
         at = self._rows_for(x)
         return x if at is None else jax.lax.with_sharding_constraint(x, at)
 
@@ -111,7 +113,8 @@ class Model(nnx.Module):
         at = self._rows_for(x)
         if at is not None and x.shape[-1] % at.mesh.shape.get("fsdp", 1) == 0 and "fsdp" in at.spec[0]:
             others = tuple(axis for axis in at.spec[0] if axis != "fsdp")
-            features = NamedSharding(at.mesh, PartitionSpec(others or None, None, "fsdp"))
+            tokens = at.spec[1] if len(at.spec) > 1 else None
+            features = NamedSharding(at.mesh, PartitionSpec(others or None, tokens, "fsdp"))
             x = jax.lax.with_sharding_constraint(x, features)
         return self.by_rows(x)
 
@@ -120,6 +123,9 @@ class Model(nnx.Module):
         at = self.batch_sharding
         if at is None or not at.spec or x.shape[0] % math.prod(at.mesh.shape[axis] for axis in at.spec[0]):
             return None
+        parts = at.mesh.shape.get("context", 1)
+        if x.ndim == 3 and parts > 1 and x.shape[1] % parts == 0:
+            return NamedSharding(at.mesh, PartitionSpec(at.spec[0], "context"))
         return at
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 data      rows of the batch; weights are whole on each
 fsdp      rows of the batch as well; each weight is cut along one axis and gathered where it is used
+context   the tokens of each row; keys and values are gathered where they are attended to
 tensor    each weight is cut along another axis, and so are the products (Shoeybi et al. 2019, arXiv:1909.08053)
 """
 
@@ -17,18 +18,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jpeft.errors import JpeftError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")  # the axes along which the rows of a batch are dealt out
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor`, of which one may be -1: what the others leave.
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with the axes `data`, `fsdp`, `context` and `tensor`, of which one may be -1: what the others leave.
 
     devices: default, all of them, of all processes. Neighbours along `tensor` are neighbours in the machine.
 
     Raises JpeftError if the sizes do not multiply to the number of devices.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     count = len(devices) if devices is not None else jax.device_count()
     said = ", ".join(f"{name}={size}" for name, size in sizes.items())
     for name, size in sizes.items():

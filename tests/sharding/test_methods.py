@@ -17,13 +17,15 @@ import pytest
 from flax import nnx
 
 import jpeft
+from jpeft.losses import causal_lm_loss
 from tests import zoo
 
-ROWS, TIME, VOCABULARY = 8, 5, 32
+ROWS, TIME, VOCABULARY = 8, 6, 32
 MESHES: dict[str, dict[str, int]] = {
     "data": {"data": 8},
     "fsdp": {"data": 1, "fsdp": 8},
     "tensor": {"data": 4, "tensor": 2},
+    "context": {"data": 2, "context": 2, "tensor": 2},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 _SIZES = {
@@ -135,6 +137,30 @@ def test_a_mesh_computes_what_one_device_does(mesh_name: str, model: str, name: 
     made = step(placed.adapter, state, placed.buffers, placed.frozen, jpeft.shard_batch(batch(model), mesh))
     for found, wanted in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
         assert zoo.relative(found, wanted) < 1e-5 or jnp.allclose(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["lora", "p_tuning_v2"])
+def test_tokens_are_cut_along_context(name: str) -> None:
+    adapted = METHODS[name](base_of("llama"), rngs=nnx.Rngs(1))
+    mesh = jpeft.make_mesh(data=2, context=4)
+    ids = jax.random.randint(jax.random.key(1), (ROWS, 20), 1, VOCABULARY)
+    mask = jnp.ones_like(ids).at[:, :3].set(0)
+
+    def run(model: Any, ids: jax.Array, mask: jax.Array) -> Any:
+        parts = jpeft.partition(model)
+
+        def loss(adapter: Any) -> Any:
+            made = jpeft.combine(parts.graphdef, adapter, *parts[2:])
+            return causal_lm_loss(made, ids, attention_mask=mask, block=64)[0], made.hidden(ids, mask)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(parts.adapter)
+
+    alone = run(adapted, ids, mask)
+    spread = run(jpeft.shard(adapted, mesh), *jpeft.shard_batch((ids, mask), mesh))
+    for found, wanted in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
+        assert zoo.relative(found, wanted) < 1e-5
+    hidden = spread[0][1]
+    assert hidden.sharding.shard_shape(hidden.shape) == (ROWS // 2, 20 // 4, 16)
 
 
 def test_the_cases_are_all_methods(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,17 +43,20 @@ def specs(model: Any, mesh: jax.sharding.Mesh, rules: Any = None) -> dict[str, P
 
 
 def test_a_mesh_is_named_sizes() -> None:
-    assert dict(jpeft.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(jpeft.make_mesh().shape) == {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
     mesh = jpeft.make_mesh(data=2, fsdp=-1, tensor=2)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Auto}
-    assert dict(jpeft.make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(jpeft.make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 2, "tensor": 3}, r"data=2, fsdp=1, tensor=3 do not make up the 8 devices .* multiply to 6\)"),
+        (
+            {"data": 2, "tensor": 3},
+            r"data=2, fsdp=1, context=1, tensor=3 do not make up the 8 .* multiply to 6\)",
+        ),
         ({"tensor": 3}, r"whose product divides 8, or leave one axis open"),
         ({"tensor": -1}, "data and tensor are both -1"),
         ({"fsdp": 0}, "fsdp=0; give a positive whole number"),

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from typer.testing import CliRunner
 
 import jpeft.models
@@ -143,6 +144,30 @@ def test_flops_of_loops_and_calls() -> None:
     assert flops(jax.make_jaxpr(stack)(x, w).jaxpr) == 3 * 2 * 5 * 8 * 8
     # The backward pass recomputes the product and makes two more.
     assert flops(jax.make_jaxpr(jax.grad(jax.jit(stack), (0, 1)))(x, w).jaxpr) in (3 * 4 * 640, 3 * 3 * 640)
+
+
+def test_flops_of_branches_kernels_and_devices() -> None:
+    x, w = jnp.ones((16, 8)), jnp.ones((8, 8))
+
+    def one_branch(x: jax.Array) -> jax.Array:
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w)
+
+    assert flops(jax.make_jaxpr(one_branch)(x).jaxpr) == 2 * 2 * 16 * 8 * 8
+
+    def kernel(x: jax.Array) -> jax.Array:
+        def tile(x_ref: Any, out_ref: Any) -> None:
+            out_ref[...] = x_ref[...] @ x_ref[...].T
+
+        rows, square = pl.BlockSpec((4, 8), lambda i: (i, 0)), pl.BlockSpec((4, 4), lambda i: (i, 0))
+        shape = jax.ShapeDtypeStruct((x.shape[0], 4), x.dtype)
+        grid = (x.shape[0] // 4,)
+        return pl.pallas_call(tile, shape, grid=grid, in_specs=[rows], out_specs=square, interpret=True)(x)
+
+    assert flops(jax.make_jaxpr(kernel)(x).jaxpr) == 4 * 2 * 4 * 8 * 4
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    rows = jax.sharding.PartitionSpec("data")
+    spread = jax.shard_map(kernel, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    assert flops(jax.make_jaxpr(spread)(x).jaxpr) == 4 * 2 * 4 * 8 * 4
 
 
 # What Meta's and Qwen's config.json say of the sizes.

@@ -52,7 +52,7 @@ def close(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
 
 def test_a_mesh_changes_no_result(config: Path, tmp_path: Path) -> None:
     alone = train(config, [f"output.folder={tmp_path / 'alone'}"], quiet())
-    cut = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=-1"]
+    cut = ["mesh.fsdp=2", "mesh.context=2", "mesh.tensor=-1"]
     with pytest.raises(JpeftError, match=r"embed_tokens/embedding' \[327, 32\]: axis 0 of 327 cannot be cut into 2"):
         train(config, cut, quiet())
     spread = train(config, [*cut, "mesh.rules={embed_tokens: [null, fsdp]}"], quiet())
@@ -68,7 +68,7 @@ def test_a_mesh_changes_no_result(config: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_mesh_cannot_do(config: Path) -> None:
-    with pytest.raises(JpeftError, match=r"mesh.rules.embed_tokens: no axis 'fdsp'; there are data, fsdp, tensor"):
+    with pytest.raises(JpeftError, match=r"mesh.rules.embed_tokens: no axis 'fdsp'; .* data, fsdp, context, tensor"):
         train(config, ["mesh.data=-1", "mesh.rules={embed_tokens: [fdsp]}"], quiet())
     with pytest.raises(JpeftError, match=r"mesh: data=3, .* do not make up the 8 devices"):
         train(config, ["mesh.data=3"], quiet())
@@ -84,7 +84,7 @@ def test_a_dry_run_counts_what_each_device_holds(config: Path) -> None:
         assert done.exit_code == 0
         said[name] = done.output
     assert "8 devices are here and 1 is used; mesh.data=-1 uses all of them" in said["alone"]
-    assert "mesh      8 devices: data 1, fsdp 8, tensor 1" in said["cut"]
+    assert "mesh      8 devices: data 1, fsdp 8, context 1, tensor 1" in said["cut"]
     held = {name: float(text.split("frozen weights ")[1].split()[0]) for name, text in said.items()}
     assert held["cut"] < held["alone"] / 3
     files = {re.search(r"files .*", text)[0] for text in said.values()}  # type: ignore[index]

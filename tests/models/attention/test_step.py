@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpeft.models.attention_step import attend_step
+from jpeft.models.attention.step import attend_step
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
