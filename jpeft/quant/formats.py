@@ -135,8 +135,10 @@ class Format:
         """Codes and scales of one matrix of float32."""
         raise NotImplementedError(f"{type(self).__name__} defines no encode")
 
-    def decode(self, arrays: dict[str, Array], shape: tuple[int, int]) -> Float[Array, "*lead out in"]:
-        """The matrices that codes and scales stand for, in float32. shape: (in, out)."""
+    def decode(
+        self, arrays: dict[str, Array], shape: tuple[int, int], platform: str = "cpu"
+    ) -> Float[Array, "*lead out in"]:
+        """The matrices that codes and scales stand for, in float32. shape: (in, out). platform: compiled for which."""
         raise NotImplementedError(f"{type(self).__name__} defines no decode")
 
     def block_scales(self, arrays: dict[str, Array]) -> Array:
@@ -185,9 +187,12 @@ class QuantizedKernel:
         """What the arrays take."""
         return sum(array.size * array.dtype.itemsize for array in self.arrays.values())
 
-    def weight(self) -> Float[Array, "*lead out in"]:
-        """The values in float32 in torch's layout, in which they are stored."""
-        return self.format.decode(_outside(self.arrays), self.shape)
+    def weight(self, platform: str | None = None) -> Float[Array, "*lead out in"]:
+        """The values in float32 in torch's layout, in which they are stored.
+
+        platform: "tpu" and others differ in which way is quick; default: where this process computes.
+        """
+        return self.format.decode(_outside(self.arrays), self.shape, platform or jax.default_backend())
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "*lead in out"]:
         """The kernel, each value rounded once to `dtype` (default: the dtype of the kernel it was made from)."""
@@ -316,8 +321,10 @@ class _CodeBook(Format):
         product = xp.maximum(grouped, -xp.abs(grouped)).reshape(*lead, -1)
         return (product + offset[..., None])[..., : math.prod(codes.shape[len(lead) :])].reshape(codes.shape)
 
-    def decode(self, arrays: dict[str, Array], shape: tuple[int, int]) -> Float[Array, "*lead out in"]:
-        codes = blocks.unpack(arrays["codes"])
+    def decode(
+        self, arrays: dict[str, Array], shape: tuple[int, int], platform: str = "cpu"
+    ) -> Float[Array, "*lead out in"]:
+        codes = blocks.unpack(arrays["codes"], platform)
         if shape[0] % self.block_size:
             codes = codes[..., : math.prod(shape)]
         values = blocks.look_up(four_bit(self.kind).values, codes)
@@ -399,8 +406,10 @@ class Int4(Format):
         packed = {"codes": _in_rows(blocks.pack(codes), self.block_size, shape, self.block_size // 2)}
         return packed | {name: _in_rows(array, self.block_size, shape) for name, array in arrays.items()}
 
-    def decode(self, arrays: dict[str, Array], shape: tuple[int, int]) -> Float[Array, "*lead out in"]:
-        codes = blocks.unpack(arrays["codes"])
+    def decode(
+        self, arrays: dict[str, Array], shape: tuple[int, int], platform: str = "cpu"
+    ) -> Float[Array, "*lead out in"]:
+        codes = blocks.unpack(arrays["codes"], platform)
         if shape[0] % self.block_size:
             codes = codes[..., : math.prod(shape)]
         scales = _wide(arrays["scales"])
@@ -447,7 +456,9 @@ class Int8(Format):
             "scales": _in_rows(scales, self.block_size, shape),
         }
 
-    def decode(self, arrays: dict[str, Array], shape: tuple[int, int]) -> Float[Array, "*lead out in"]:
+    def decode(
+        self, arrays: dict[str, Array], shape: tuple[int, int], platform: str = "cpu"
+    ) -> Float[Array, "*lead out in"]:
         codes, scales = _wide(arrays["codes"]), _wide(arrays["scales"])
         if self.block_size is None:
             return codes * scales[..., None] * np.float32(7.874015718698502e-3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeAlias
 
@@ -20,6 +21,8 @@ from jaxtyping import Array, Float
 
 from jpeft import kinds, surgery
 from jpeft.errors import JpeftError
+from jpeft.platforms import platform_of
+from jpeft.quant import fused
 from jpeft.quant.formats import Format, QuantizedKernel
 from jpeft.targets import resolve
 from jpeft.variables import Quantized
@@ -46,7 +49,11 @@ def matmul(
     gathered: how codes and scales lie on a mesh where they are dequantised. Differentiable in x, to any order in
     reverse mode. The kernel is frozen: it gets no gradient.
     """
-    weight = _laid_out(kernel, gathered).weight().astype(kernel.dtype).astype(x.dtype)  # [out, in]
+    platform = platform_of(gathered[0][1] if gathered else None)
+    rows = math.prod(x.shape[:-1])
+    if platform == "tpu" and not (turned or gathered or precision) and fused.takes(rows, x.dtype, kernel):
+        return fused.product(x, kernel)
+    weight = _laid_out(kernel, gathered).weight(platform).astype(kernel.dtype).astype(x.dtype)  # [out, in]
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0 if turned else 1,)), ((), ())), precision=precision)
 
 
