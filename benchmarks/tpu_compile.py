@@ -2,7 +2,8 @@
 
     pip install --target /tmp/libtpu libtpu
     PYTHONPATH=/tmp/libtpu python benchmarks/tpu_compile.py                       # all, into docs/tpu.md
-    PYTHONPATH=/tmp/libtpu python benchmarks/tpu_compile.py --shapes 8B --methods LoRA --topologies v5e:4x4
+    PYTHONPATH=/tmp/libtpu python benchmarks/tpu_compile.py --shapes 8B --methods LoRA --topologies v5e:4x4 \
+        --lengths 8192 32768                                                      # long texts
 
 Models, batches and optimizer states are abstract: no array exists. A row that is made again replaces the one in the
 file, the others stay.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import os
 import re
 import time
@@ -44,7 +46,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": 8,
-        "max_position_embeddings": 2048,
         "rope_theta": 500000.0,
         "tie_word_embeddings": name == "1B",
     }
@@ -101,16 +102,17 @@ HEADER = Row(
 )
 
 
-def measure(shape: str, method: str, topology: str) -> Row:
+def measure(shape: str, method: str, topology: str, length: int = LENGTH, context: int = 1) -> Row:
     """Compiles the training step: bfloat16, layers recomputed in the backward pass, one text per data shard, AdamW."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = jpeft.make_mesh(data=1, fsdp=-1, tensor=TENSOR[shape], devices=devices)
+    mesh = jpeft.make_mesh(data=1, fsdp=-1, context=context, tensor=TENSOR[shape], devices=devices)
     rows = mesh.shape["fsdp"]
     before, chosen = METHODS[method]
 
     def make() -> Any:
         rngs = nnx.Rngs(0)
-        model = jpeft.models.from_config(SHAPES[shape], task="causal-lm", dtype="bfloat16", remat=True, rngs=rngs)
+        config = {**SHAPES[shape], "max_position_embeddings": length + 128}
+        model = jpeft.models.from_config(config, task="causal-lm", dtype="bfloat16", remat=True, rngs=rngs)
         return chosen(before(model), rngs=nnx.Rngs(1))
 
     graphdef, adapter, buffers, frozen = jpeft.partition(jpeft.shard(nnx.eval_shape(make), mesh))
@@ -129,14 +131,14 @@ def measure(shape: str, method: str, topology: str) -> Row:
     states: Any = jpeft.optimizer_shardings(optimizer, adapter, where)
     shapes = jax.eval_shape(optimizer.init, adapter)
     state = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), shapes, states)
-    ids = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32, sharding=batch_sharding(mesh))
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(where, states, None))
     start = time.perf_counter()
     traced = jitted.trace(adapter, state, buffers, frozen, ids)
     work = flops(traced.jaxpr.jaxpr) / len(devices) / 1e12
     lowered = traced.lower()
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    given = (shape, method, topology, sizes, f"{rows} x {LENGTH}")
+    given = (shape, method, topology, sizes, f"{rows} x {length}")
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -153,34 +155,40 @@ def measure(shape: str, method: str, topology: str) -> Row:
 
 
 def read(path: Path) -> dict[tuple[str, ...], Row]:
-    """The rows of the table in a file, by shape, method and topology."""
+    """The rows of the table in a file, by shape, method, topology, mesh and tokens."""
     lines = path.read_text().splitlines() if path.exists() else []
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     rows = [Row(*line) for line in cells if len(line) == len(HEADER) and line[0] in SHAPES]
-    return {row[:3]: row for row in rows}
+    return {row[:5]: row for row in rows}
 
 
 def page(rows: dict[tuple[str, ...], Row]) -> str:
     """docs/tpu.md."""
     names = ("jax", "flax", "libtpu")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    order = [(s, m, t) for s in SHAPES for m in METHODS for t in TOPOLOGIES]
-    table = [HEADER, Row(*["---"] * len(HEADER)), *(rows[key] for key in order if key in rows)]
+    places = [list(part) for part in (SHAPES, METHODS, TOPOLOGIES)]
+
+    def place(row: Row) -> tuple[int, ...]:
+        kinds = (part.index(cell) for part, cell in zip(places, row, strict=False))
+        return (*kinds, int(row.tokens.split(" x ")[1]))
+
+    table = [HEADER, Row(*["---"] * len(HEADER)), *sorted(rows.values(), key=place)]
     lines = "\n".join("| " + " | ".join(row) + " |" for row in table)
     return f"""# Training steps, compiled for TPUs
 
 Written by `python benchmarks/tpu_compile.py` on {datetime.date.today()} with
 {versions}. Every row is a whole training step (forward, backward, AdamW) that the
 TPU compiler has compiled for a mesh of these chips; the memory is the compiler's own figure, and no step was run.
-Weights are bfloat16, layers are recomputed in the backward pass, each data shard has one text of {LENGTH} tokens, and
-attention is XLA's. LoRA has rank 16 on every linear layer, QLoRA the same on an NF4 base, prefix is 128 keys and values
-per layer, adapters are Pfeiffer's of width 64.
+Weights are bfloat16, layers are recomputed in the backward pass, each data shard has one text of {LENGTH} tokens or of
+as many as stand there, and attention is JAX's splash kernel, which `attention: auto` chooses on TPUs. LoRA has rank 16
+on every linear layer, QLoRA the same on an NF4 base, prefix is 128 keys and values per layer, adapters are Pfeiffer's
+of width 64.
 
 {lines}
 
 `fits` compares with what the compiler may use of a chip: about 16 GiB on v5e, 32 on v6e and 95 on v5p. FLOPs are
-those of the matrix products, recomputed ones included. How long a compilation took says little: the machine had other
-work to do.
+those of the matrix products, recomputed ones included, and of attention over the whole square of queries and keys. How
+long a compilation took says little: the machine had other work to do.
 """
 
 
@@ -189,15 +197,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--topologies", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[LENGTH], metavar="TOKENS", help="of each text")
+    parser.add_argument("--context", type=int, default=1, help="chips over which the tokens of a text are dealt out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "tpu.md")
     args = parser.parse_args()
     rows = read(args.out)
     for topology in args.topologies:
         for shape in args.shapes:
-            for method in args.methods:
-                row = measure(shape, method, topology)
+            for method, length in itertools.product(args.methods, args.lengths):
+                row = measure(shape, method, topology, length, args.context)
                 print(" | ".join(row), flush=True)
-                rows[row[:3]] = row
+                rows[row[:5]] = row
                 args.out.write_text(page(rows))
                 jax.clear_caches()
 
