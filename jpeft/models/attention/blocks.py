@@ -29,12 +29,12 @@ def attend_blocks(
         seen = mask.array(queries, k.shape[1]) if isinstance(mask, Visible) else mask
         return jax.nn.dot_product_attention(q, k, v, mask=seen, bias=bias, scale=scale)
     count = -(-queries // SIZE)
-    blocks = jnp.moveaxis(_filled(q, 1, count * SIZE).reshape(q.shape[0], count, SIZE, *q.shape[2:]), 1, 0)
+    blocks = jnp.moveaxis(filled(q, 1, count * SIZE).reshape(q.shape[0], count, SIZE, *q.shape[2:]), 1, 0)
 
     def rows(array: jax.Array | None, start: jax.Array) -> jax.Array | None:
         if array is None or array.shape[2] == 1:
             return array
-        return jax.lax.dynamic_slice_in_dim(_filled(array, 2, count * SIZE), start, SIZE, axis=2)
+        return jax.lax.dynamic_slice_in_dim(filled(array, 2, count * SIZE), start, SIZE, axis=2)
 
     @jax.checkpoint
     def block(start: jax.Array, part: jax.Array) -> jax.Array:
@@ -45,7 +45,8 @@ def attend_blocks(
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], count * SIZE, *q.shape[2:])[:, :queries]
 
 
-def _filled(array: jax.Array, axis: int, size: int) -> jax.Array:
+def filled(array: jax.Array, axis: int, size: int) -> jax.Array:
+    """With zeros behind along `axis`, up to `size`."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, size - array.shape[axis])
     return jnp.pad(array, widths)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jpeft.models.attention.blocks import filled
 from jpeft.visible import Visible
 
 TILE = 128  # the least block that the kernel takes
@@ -121,9 +122,7 @@ def _filled(array: jax.Array, axis: int, parts: int = 1) -> jax.Array:
     """With zeros behind, so that the kernel's blocks divide it, in each of `parts`."""
     size = array.shape[axis]
     step = parts * (_BLOCK if size > parts * _BLOCK else TILE)
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, -size % step)
-    return jnp.pad(array, widths)
+    return filled(array, axis, size + -size % step)
 
 
 def _axes(rows: NamedSharding, batch: int, groups: int, queries: int) -> tuple[Any, int, str | None]:

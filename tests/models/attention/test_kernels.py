@@ -164,7 +164,9 @@ def test_where_cudnn_has_words_of_its_own():
     assert not cudnn_takes(no_gpu, q, q, q)
 
 
-@pytest.mark.parametrize("name", ["none", "causal", "window", "padding", "prefix", "prefix, window, padding"])
+@pytest.mark.parametrize(
+    "name", ["none", "causal", "window", "padding", "segments", "prefix", "prefix, window, padding"]
+)
 def test_what_is_asked_of_cudnn(name, monkeypatch):
     """The call, with XLA in cuDNN's place: no machine of the tests has a GPU."""
     queries, keys, make = RULES[name]
