@@ -188,7 +188,8 @@ of width 64.
 
 `fits` compares with what the compiler may use of a chip: about 16 GiB on v5e, 32 on v6e and 95 on v5p. FLOPs are
 those of the matrix products, recomputed ones included, and of attention over the whole square of queries and keys. How
-long a compilation took says little: the machine had other work to do.
+long a compilation took says little: the machine had other work to do. A row stays until it is made again, also where
+the code has changed since.
 """
 
 
