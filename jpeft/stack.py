@@ -106,11 +106,20 @@ class Stack(nnx.Module):
 
         return nnx.List([layer(index) for index in range(self.length)])
 
+    def at(self, index: int) -> Any:
+        """Layer `index` as a module (copies of its arrays), without the wrappers that do not cover it."""
+        graphdef, shared, rows, stacked = self._active(index, index + 1)
+        own, whole = jax.tree.map(lambda a: a[0], rows), jax.tree.map(lambda a: a[index], stacked)
+        layer = nnx.merge(graphdef, shared, own, whole)
+        for _, wrapper in _wrappers(layer):
+            wrapper.layers, wrapper.leading = None, max(wrapper.leading - 1, 0)
+        return layer
+
     def __call__(self, carry: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs `carry` through all layers."""
         if (seen := observer()) is not None:
             for seen.layer in range(self.length):
-                carry = self._at(seen.layer)(carry, seen.layer, *args, **kwargs)
+                carry = self.at(seen.layer)(carry, seen.layer, *args, **kwargs)
             seen.layer = None
             return carry
         partial = [set(wrapper.layers) for _, wrapper in _wrappers(self.layer) if wrapper.layers is not None]
@@ -149,12 +158,6 @@ class Stack(nnx.Module):
             first = (owner(path) or ()).index(start)
             rows.append((path, jax.tree.map(lambda a, first=first: a[first : first + stop - start], variable)))
         return graphdef, shared, nnx.from_flat_state(rows), stacked
-
-    def _at(self, index: int) -> Any:
-        """Layer `index` as a module."""
-        graphdef, shared, rows, stacked = self._active(index, index + 1)
-        own, whole = jax.tree.map(lambda a: a[0], rows), jax.tree.map(lambda a: a[index], stacked)
-        return nnx.merge(graphdef, shared, own, whole)
 
     def _run(self, carry: Any, start: int, stop: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graphdef, shared, rows, stacked = self._active(start, stop)

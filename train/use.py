@@ -60,7 +60,7 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise JpeftError(f"{target}: exists and is not an empty folder; give a new one")
     run = open_run(folder)
-    jpeft.models.save(jpeft.merge(run.model, dequantize=True), target)
+    rounding = jpeft.models.save_merged(run.model, target, dequantize=True)
     path = target / "config.json"
     written = {**json.loads(path.read_text(encoding="utf-8")), **run.task.saved_config}
     path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -71,6 +71,11 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
         if settings.is_file():  # how transformers is to write with it
             shutil.copyfile(settings, target / settings.name)
     yield f"merged into {target}; load it with jpeft.models.load({str(target)!r}) or with transformers"
+    if rounding.tensor is not None:
+        yield (
+            f"rounding merged weights once, to {rounding.dtype}, changed them by at most {rounding.largest:.2g} "
+            f"({rounding.relative:.2%} of the largest value of {rounding.tensor})"
+        )
     if run.config.model.base is not None:
         yield "note: the base is quantised, which cannot hold an adapter exactly; the merged model is in full precision"
     if run.config.model.pooling is not None:

@@ -6,7 +6,7 @@ from jpeft.models.config import Config
 from jpeft.models.families import MODEL_TYPES
 from jpeft.models.loading import from_config, load
 from jpeft.models.model import TASKS, Model
-from jpeft.models.saving import save
+from jpeft.models.saving import Rounding, save, save_merged
 from jpeft.models.tokenizer import load_tokenizer
 
 __all__ = [
@@ -15,9 +15,11 @@ __all__ = [
     "Attention",
     "Config",
     "Model",
+    "Rounding",
     "abstract",
     "from_config",
     "load",
     "load_tokenizer",
     "save",
+    "save_merged",
 ]

@@ -1,8 +1,11 @@
-"""Saving a model as a Hugging Face folder."""
+"""Saving a model as a Hugging Face folder, with adapters merged on the way if wanted."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jpeft import paths, surgery
+from jpeft import kinds, paths, surgery
 from jpeft.errors import JpeftError
+from jpeft.merge import merge
 from jpeft.models.families import Slot, checkpoint_key, family, slots
 from jpeft.models.model import Model
 from jpeft.models.packed import packed_tensors, quantization_config
 from jpeft.models.tensors import WEIGHTS, TensorInfo, write_safetensors, write_whole
+from jpeft.partition import combine, partition
 from jpeft.quant import QuantizedLinear
+from jpeft.stack import Stack
 from jpeft.wrapper import Wrapper, innermost
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What rounding merged weights to their dtypes changed.
+
+    largest: the most by which a value differs from the float32 one. relative: the same divided by the largest value of
+    that tensor. tensor, dtype: its name in the file and what it was rounded to; None where nothing was rounded.
+    """
+
+    largest: float = 0.0
+    relative: float = 0.0
+    tensor: str | None = None
+    dtype: str | None = None
 
 
 def save(model: Model, folder: str | Path) -> Path:
@@ -29,62 +49,146 @@ def save(model: Model, folder: str | Path) -> Path:
     Every file appears whole or not at all, config.json last. `pooling="mean"` is written as `classifier_pooling`, which
     `load` reads; transformers' own classifiers pool in their own way whatever it says.
 
-    Raises JpeftError for a model with wrappers in it (merge them first) and for a folder that cannot be written.
+    Raises JpeftError for a model with wrappers in it (`save_merged` writes those) and for a folder that cannot be
+    written.
     """
-    if not isinstance(model, Model):
-        wrapped = isinstance(model, Wrapper)
-        raise JpeftError(
-            _WRAPPED if wrapped else f"save: expected a model of jpeft.models, found {type(model).__name__}"
-        )
+    _check(model)
     wrappers = [path for path, module in surgery.modules(model) if isinstance(module, Wrapper)]
     if wrappers:
         at = [".".join(map(str, path)) for path in wrappers[:5]]
         raise JpeftError(f"{_WRAPPED} ({len(wrappers)} wrappers, such as {at})")
-    found = family(model.config.model_type)
-    variables = dict(nnx.to_flat_state(nnx.state(model)))
-    sources: dict[str, tuple[Slot, int]] = {}
+    return _write(model, model, Path(folder), lambda slot, layer: _value(model, slot.path, layer))
+
+
+def save_merged(model: Model, folder: str | Path, *, dequantize: bool = False) -> Rounding:
+    """Writes what `save(merge(model, dequantize=dequantize), folder)` would, without a merged model in memory.
+
+    Each weight is merged when it is its turn in the file, one layer at a time, in float32, and rounded once to its
+    dtype. Returns the largest change that this rounding made.
+
+    Raises JpeftError as `merge` and `save` do: for methods that are no function of a weight before anything is written;
+    for a merged weight that is not finite when it is met, and then no file of weights is left.
+    """
+    _check(model)
+    graphdef, *parts = partition(model)
+    merged = nnx.eval_shape(lambda *arrays: merge(combine(graphdef, *arrays), dequantize=dequantize), *parts)
+    worst = Rounding()
+
+    def value(slot: Slot, layer: int | None) -> Any:
+        nonlocal worst
+        start = _outermost_wrapper(model, slot.path)
+        if start is None:
+            return _value(model, slot.path, layer)
+        folded = _folded(_layer(model, slot.path[:start], layer))
+        exact, name = surgery.get(folded, slot.path[start:]).get_value(), slot.names[layer or 0]
+        rounded, finite, change, largest = _rounded(exact, surgery.get(merged, slot.path).dtype)
+        if not bool(finite):
+            raise JpeftError(
+                f"save_merged: {name}: the merged weight is not finite in {rounded.dtype.name} (an overflow, or NaN in "
+                "the adapter or base)"
+            )
+        if float(change) > worst.largest:
+            worst = Rounding(float(change), float(change / largest), name, rounded.dtype.name)
+        return rounded
+
+    _write(merged, model, Path(folder), value)
+    return worst
+
+
+def _outermost_wrapper(model: Model, path: surgery.Path) -> int | None:
+    """After how many steps along `path` a wrapper is met, if there is one."""
+    node: Any = model
+    for taken, name in enumerate(path):
+        if isinstance(node, Wrapper):
+            return taken
+        node = surgery.child(node, name)
+    return None
+
+
+def _layer(model: Model, path: surgery.Path, layer: int | None) -> Any:
+    """The module at `path`; of one inside a `Stack`, that of one layer."""
+    module = surgery.get(model, path)
+    if layer is None:
+        return module
+    around = (surgery.get(model, path[:taken]) for taken in range(len(path)))
+    return next(Stack(module, node.length).at(layer) for node in around if isinstance(node, Stack))
+
+
+def _folded(module: Any) -> Any:
+    """The wrapped `module` merged, with a weight in float32 whatever its dtype is."""
+
+    def wide(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        return variable.replace(value.astype(jnp.float32)) if jnp.issubdtype(value.dtype, jnp.floating) else variable
+
+    plain = surgery.rewrite(module, lambda part: part.plain() if isinstance(part, kinds.Packed) else part)
+    return merge(surgery.map_variables(plain, wide))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rounded(exact: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(`exact` in dtype, whether it is finite, the most by which a value changed, the largest value)."""
+    made, kept = exact.astype(dtype), jnp.finfo(dtype)
+    # Not made.astype(exact.dtype): the compiler may take casting there and back for nothing at all.
+    change = jnp.max(jnp.abs(jax.lax.reduce_precision(exact, kept.nexp, kept.nmant) - exact), initial=0)
+    return made, jnp.all(jnp.isfinite(made)), change, jnp.max(jnp.abs(exact), initial=0)
+
+
+def _value(model: Model, path: surgery.Path, layer: int | None) -> Any:
+    value = surgery.get(model, path).get_value()
+    return value if layer is None else value[layer]
+
+
+def _check(model: Any) -> None:
+    if isinstance(model, Wrapper):
+        raise JpeftError(_WRAPPED)
+    if not isinstance(model, Model):
+        raise JpeftError(f"save: expected a model of jpeft.models, found {type(model).__name__}")
+
+
+def _write(shapes: Model, model: Model, folder: Path, value: Callable[[Slot, int | None], Any]) -> Path:
+    """Writes what `shapes` describes. value(slot, layer): a weight as it lies here; quantised ones are in `model`."""
+    found = family(shapes.config.model_type)
+    sources: dict[str, tuple[Slot, int | None]] = {}
     tensors: dict[str, TensorInfo] = {}
-    packed = {
-        node.path: (node, module)
-        for node in paths.nodes(model)
-        if isinstance(module := innermost(node.module), QuantizedLinear)
-    }
+    packed = {node.path: node for node in paths.nodes(shapes) if isinstance(innermost(node.module), QuantizedLinear)}
     parts: dict[str, np.ndarray] = {}
-    for node, module in packed.values():
+    for node in packed.values():
+        kernel = innermost(surgery.get(model, node.path)).quantized
         for layer in node.members:
-            name = checkpoint_key(model, found, f"{node.expanded(layer)}.kernel")
-            kernel = module.quantized
+            name = checkpoint_key(shapes, found, f"{node.expanded(layer)}.kernel")
             parts |= packed_tensors(kernel if layer is None else jax.tree.map(lambda a, i=layer: a[i], kernel), name)
     tensors |= {name: TensorInfo(part.shape, part.dtype) for name, part in parts.items()}
-    for slot in slots(model, found):
-        if slot.path[:-1] in packed and slot.path[-1] in packed[slot.path[:-1]][1].arrays:
+    for slot in slots(shapes, found):
+        if slot.path[:-1] in packed and slot.path[-1] in innermost(packed[slot.path[:-1]].module).arrays:
             continue
-        value = variables[slot.path].get_value()
-        shape = value.shape[1:] if slot.stacked else value.shape
+        variable = surgery.get(shapes, slot.path)
+        shape = variable.shape[1:] if slot.stacked else variable.shape
         shape = (*shape[:-2], shape[-1], shape[-2]) if slot.transpose else shape
         for layer, name in enumerate(slot.names):
-            sources[name] = (slot, layer)
-            tensors[name] = TensorInfo(tuple(shape), np.dtype(value.dtype))
+            sources[name] = (slot, layer if slot.stacked else None)
+            tensors[name] = TensorInfo(tuple(shape), np.dtype(variable.dtype))
 
     def read(name: str) -> np.ndarray:
         if name in parts:
             return parts[name]
         slot, layer = sources[name]
-        value = variables[slot.path].get_value()
-        array = np.asarray(value[layer] if slot.stacked else value)
+        array = np.asarray(value(slot, layer))
         return np.swapaxes(array, -1, -2) if slot.transpose else array
 
-    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise JpeftError(f"{folder}: cannot be made: {error.strerror or error}") from error
     write_safetensors(folder / WEIGHTS, tensors, read, {"format": "pt"})
-    write_whole(folder / "config.json", [json.dumps(_config(model), indent=2, sort_keys=True).encode() + b"\n"])
+    write_whole(folder / "config.json", [json.dumps(_config(shapes), indent=2, sort_keys=True).encode() + b"\n"])
     return folder
 
 
-_WRAPPED = "save: the model has adapters that are not part of its weights; call jpeft.merge(model) first"
+_WRAPPED = (
+    "save: the model has adapters that are not part of its weights; call jpeft.merge(model) first, or "
+    "jpeft.models.save_merged"
+)
 
 
 def _config(model: Model) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def test_eva_starts_from_the_inputs_of_each_layer() -> None:
 
     # The first layer's attention sees the normalised embeddings of the tokens that are no padding.
     tokens = jnp.concatenate([i[m > 0] for i, m in zip(ids, masks, strict=True)])
-    x = model.layers._at(0).input_layernorm(model.embed_tokens(tokens))
+    x = model.layers.at(0).input_layernorm(model.embed_tokens(tokens))
     _, values, components = jnp.linalg.svd(x - jnp.mean(x, 0), full_matrices=False)
     adapter = jpeft.partition(made).adapter
     for name in ("q_proj", "v_proj"):

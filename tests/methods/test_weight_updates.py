@@ -36,7 +36,7 @@ def test_a_rotation_keeps_lengths() -> None:
     x = jnp.ones((1, zoo.WIDTH))
     for terms, tolerance in ((None, 1e-5), (9, 1e-3)):
         parts = jpeft.partition(jpeft.OFT(block_size=4, terms=terms, targets="up")(model(), rngs=0))
-        turned = jpeft.combine(parts.graphdef, zoo.trained(parts), *parts[2:]).layers._at(0).up
+        turned = jpeft.combine(parts.graphdef, zoo.trained(parts), *parts[2:]).layers.at(0).up
         rotations = turned._rotations(turned.skew[...])
         assert jnp.abs(rotations - jnp.eye(4)).max() > 0.1
         assert np.allclose(rotations @ rotations.swapaxes(1, 2), jnp.eye(4), atol=tolerance)

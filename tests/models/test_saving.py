@@ -13,6 +13,7 @@ from jpeft import surgery
 from jpeft.errors import JpeftError
 from jpeft.models import tensors as files
 from jpeft.wrapper import Wrapper
+from tests import zoo
 
 LLAMA = {
     "model_type": "llama",
@@ -110,3 +111,63 @@ def test_new_values_are_what_is_saved(tmp_path):
     assert (
         load_file(jpeft.models.save(model, tmp_path) / "model.safetensors")["model.norm.weight"].tolist() == [2.0] * 8
     )
+
+
+# LoRA on every family, also where its base is quantised, and the other methods on one.
+MERGED = [
+    (model, name) for model, name in zoo.PAIRS if zoo.ENTRIES[name].merges and model in {*zoo.FAMILIES, "llama-nf4"}
+]
+MERGED = [pair for i, pair in enumerate(MERGED) if pair[1] == "lora" or pair[1] not in {name for _, name in MERGED[:i]}]
+
+
+@pytest.mark.parametrize(("model_name", "method_name"), MERGED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_on_the_way_to_the_file(model_name, method_name, dtype, tmp_path):
+    parts = jpeft.partition(zoo.method(method_name, model_name)(zoo.MODELS[model_name].make(dtype), rngs=0))
+    model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    how = zoo.MODELS[model_name].merge
+    expected = load_file(jpeft.models.save(jpeft.merge(model, **how), tmp_path / "whole") / "model.safetensors")
+    rounding = jpeft.models.save_merged(model, tmp_path / "streamed", **how)
+    made = load_file(tmp_path / "streamed" / "model.safetensors")
+    assert made.keys() == expected.keys()
+    for name, value in expected.items():
+        assert made[name].dtype == value.dtype
+        # A base whose weights are dequantised in bfloat16 is rounded once here, and there before and after.
+        np.testing.assert_allclose(
+            made[name].astype(np.float32),
+            value.astype(np.float32),
+            rtol=1e-5 if dtype == "float32" else 2**-7,
+            atol=1e-6,
+        )
+    assert (tmp_path / "whole" / "config.json").read_text() == (tmp_path / "streamed" / "config.json").read_text()
+    assert (rounding.tensor is None) == (dtype == "float32")
+    if rounding.tensor is not None:
+        largest = np.abs(made[rounding.tensor].astype(np.float32)).max()
+        assert 0 < rounding.largest <= 2**-8 * largest * 1.01
+        assert rounding.relative == pytest.approx(rounding.largest / largest, rel=0.01)
+
+
+def test_what_stays_quantised_is_written_as_it_is(tmp_path):
+    base = jpeft.NF4(block_size=4, targets=["gate_proj", "up_proj", "down_proj"])(
+        jpeft.models.from_config(LLAMA, task="causal-lm")
+    )
+    parts = jpeft.partition(jpeft.LoRA(rank=2, targets=["q_proj", "v_proj"])(base, rngs=0))
+    model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    jpeft.models.save_merged(model, tmp_path / "streamed")
+    jpeft.models.save(jpeft.merge(model), tmp_path / "whole")
+    made, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("streamed", "whole"))
+    assert made.keys() == expected.keys()
+    assert all(np.array_equal(made[name], expected[name]) for name in made if "mlp" in name)
+
+
+def test_a_merge_that_cannot_be_leaves_no_weights(tmp_path):
+    model = jpeft.models.from_config(LLAMA, task="causal-lm", dtype="float16")
+    with pytest.raises(JpeftError, match=r"merge: .*is not a function of the weight"):
+        jpeft.models.save_merged(jpeft.PrefixTuning(num_virtual_tokens=2)(model, rngs=0), tmp_path / "prefix")
+    assert not (tmp_path / "prefix").exists()
+    parts = jpeft.partition(jpeft.LoRA(rank=2, layers=[1])(model, rngs=0))
+    huge = {key: jnp.full_like(value, 1e6) for key, value in parts.adapter.items()}
+    large = jpeft.combine(parts.graphdef, huge, parts.buffers, parts.frozen)
+    with pytest.raises(JpeftError, match=r"model\.layers\.1\.\S+: the merged weight is not finite in float16"):
+        jpeft.models.save_merged(large, tmp_path / "large")
+    assert not list((tmp_path / "large").iterdir())

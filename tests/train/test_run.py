@@ -278,7 +278,7 @@ def test_unfinished_and_missing_runs(tmp_path: Path, rows: Path, bert: Path, con
 def test_commands(bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]) -> None:
     runner = CliRunner()
     path = config_file(classifier(bert, rows, tmp_path / "run"))
-    overrides = ["training.max_steps=3", "method.rank=2", "output.tensorboard=true"]
+    overrides = ["training.max_steps=3", "method.rank=2", "output.tensorboard=true", "model.dtype=bfloat16"]
     made = runner.invoke(app, ["train", str(path), *overrides], catch_exceptions=False)
     assert made.exit_code == 0
     for part in (
@@ -297,6 +297,7 @@ def test_commands(bert: Path, rows: Path, tmp_path: Path, config_file: Callable[
     assert said.output.split()[0] in COLOURS
     merged = runner.invoke(app, ["merge", str(tmp_path / "run"), str(tmp_path / "merged")], catch_exceptions=False)
     assert "merged into" in merged.output
+    assert "rounding merged weights once, to bfloat16, changed them by at most" in merged.output
     assert (tmp_path / "merged" / "tokenizer.json").exists()
 
 
