@@ -242,7 +242,11 @@ METHODS: dict[str, Entry] = {
         starts="elsewhere",
         merges=False,
     ),
-    "bitfit": Entry(jpeft.BitFit(), models=("flax-attention", "bert-mean-classifier")),
+    "bitfit": Entry(
+        jpeft.BitFit(),
+        models=("flax-attention", "bert-mean-classifier"),
+        on=dict.fromkeys(("llama", "t5"), jpeft.BitFit(new_biases=True)),
+    ),
     "norm_tuning": Entry(
         jpeft.NormTuning(),
         models=("user-stack-remat", "t5"),
@@ -251,18 +255,25 @@ METHODS: dict[str, Entry] = {
     "full_tuning": Entry(
         jpeft.FullTuning(targets=["mlp", "embed_tokens"]),
         models=("llama",),
+        on={
+            "user-stack-remat": jpeft.FullTuning(targets="down"),
+            "flax-attention": jpeft.FullTuning(targets="out"),
+            "gpt2": jpeft.FullTuning(targets=["mlp", "wte"]),
+            "bert-mean-classifier": jpeft.FullTuning(targets=["attention", "word_embeddings"]),
+            "t5": jpeft.FullTuning(targets=["SelfAttention", "shared"]),
+        },
     ),
     # Tied to the head, and not.
     "trainable_tokens": Entry(
-        jpeft.TrainableTokens(tokens=[7, 2, 30, 11, 5, 21, 14]),
+        jpeft.TrainableTokens(tokens=[7, 2, 30, 10, 5, 21, 25]),
         models=("user-stack-remat", "gpt2"),
-        on={"user-stack-remat": jpeft.TrainableTokens(tokens=[7, 2, 30, 11, 5, 21, 14], targets="embed")},
+        on={"user-stack-remat": jpeft.TrainableTokens(tokens=[7, 2, 30, 10, 5, 21, 25], targets="embed")},
         starts="closely",
     ),
     "vera": Entry(
-        jpeft.VeRA(rank=5, targets=["q_proj", "down_proj"], layers=[0, 1]),
+        jpeft.VeRA(rank=5),
         models=("user-stack-remat", "llama"),
-        on={"user-stack-remat": jpeft.VeRA(rank=5)},
+        on={"llama": jpeft.VeRA(rank=5, targets=["q_proj", "down_proj"], layers=[0, 1])},
         rows=False,
     ),
     "loha": Entry(jpeft.LoHa(rank=2, alpha=3.0), models=("user-stack-remat",), rows=False),
@@ -281,7 +292,12 @@ METHODS: dict[str, Entry] = {
         on={"user-stack-remat": jpeft.Houlsby(targets="down", norms="norm", reduction_factor=3, layers=[1, 2])},
         merges=False,
     ),
-    "pfeiffer": Entry(jpeft.Pfeiffer(reduction_factor=2, drop=2, dropout=0.1), models=("t5",), merges=False),
+    "pfeiffer": Entry(
+        jpeft.Pfeiffer(reduction_factor=2, drop=2, dropout=0.1),
+        models=("t5",),
+        on={"user-stack-remat": jpeft.Pfeiffer(targets="down", reduction_factor=2, drop=2)},
+        merges=False,
+    ),
     "parallel_adapter": Entry(
         jpeft.ParallelAdapter(scaling="learned"),
         models=("flax-attention",),
@@ -289,14 +305,23 @@ METHODS: dict[str, Entry] = {
         merges=False,
     ),
     "drop_adapters": Entry(
-        jpeft.compose(jpeft.Pfeiffer(targets="down", bottleneck_size=5), jpeft.DropAdapters(layers=[0])),
+        jpeft.compose(jpeft.Pfeiffer(bottleneck_size=5), jpeft.DropAdapters(layers=[0])),
         models=("user-list",),
+        on=dict.fromkeys(
+            ("user-list", "user-stack-remat"),
+            jpeft.compose(jpeft.Pfeiffer(targets="down", bottleneck_size=5), jpeft.DropAdapters(layers=[0])),
+        ),
         merges=False,
     ),
     # Stage 1 as it is after training: with initial values of zero there is nothing to attend to.
     "adapter_fusion": Entry(
         jpeft.AdapterFusion(adapter=jpeft.Pfeiffer(bottleneck_size=5, init="bert", scaling=99.0), tasks=2),
         models=("bert-mean-classifier",),
+        on={
+            "user-stack-remat": jpeft.AdapterFusion(
+                adapter=jpeft.Pfeiffer(targets="down", bottleneck_size=5, init="bert", scaling=99.0), tasks=2
+            )
+        },
         starts="elsewhere",
         merges=False,
     ),
@@ -375,6 +400,22 @@ PAIRS = [
     for name, entry in ENTRIES.items()
     for model in (entry.models[:1] if _TREE and name != "lora" else entry.models)
 ]
+# The other models of one kind each: fewer checks, for what differs is how a method finds its places.
+OTHERS = [(model, name) for name, entry in METHODS.items() for model in CORE if model not in entry.models and not _TREE]
+# Where a method has nothing to stand on: the user's model says nothing about itself, and Flax's attention has neither
+# embedding nor norm nor plain linear layers.
+NO_PLACE = {
+    "user-stack-remat": (
+        *("prefix_tuning", "p_tuning_v2", "prompt_tuning", "p_tuning", "parallel_adapter", "mam", "unipelt"),
+    ),
+    "flax-attention": (
+        *("prompt_tuning", "p_tuning", "norm_tuning", "trainable_tokens", "vera", "loha", "lokr", "oft", "houlsby"),
+        *("pfeiffer", "drop_adapters", "adapter_fusion", "mam"),
+    ),
+}
+# Every method on a model that writes.
+WRITERS = [pair for pair in PAIRS if pair[0] in ("llama", "gpt2")]
+WRITERS += [(model, name) for model, name in OTHERS if model == "llama" and ("gpt2", name) not in PAIRS]
 # LoRA on every model, the others where layers are a rematerialised stack and on one whole family.
 DEEP = [(model, name) for model, name in PAIRS if name == "lora" or model in ("user-stack-remat", "llama")]
 
