@@ -299,6 +299,8 @@ def test_forgetting_of_a_language_model(
     shown = table.cells(entry, [entry])
     assert shown[1] == "0.5"  # one seed has no spread
     assert " → " in shown[-1]
+    slow = dataclasses.replace(costs, step_seconds=1.1712, call_seconds=0.03021)
+    assert {"1,170 ms", "30.2 ms"} <= set(table.cells(dataclasses.replace(entry, costs=slow), [entry]))
 
 
 def test_the_front_and_its_drawing() -> None:

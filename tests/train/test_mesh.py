@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +68,54 @@ def test_a_mesh_changes_no_result(config: Path, tmp_path: Path) -> None:
     stopped_at(config, 5, *halves, "mesh.fsdp=8")
     whole = train(config, ["checkpoints.every=2", "training.max_steps=8", *halves, "mesh.data=8"], quiet())
     np.testing.assert_allclose(whole.losses, alone.losses[:8], rtol=1e-4)
+
+
+# What `jpeft` is asked in a process that has only `devices` of them.
+_ELSEWHERE = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+from typer.testing import CliRunner
+from train.cli import app
+for line in sys.stdin.read().splitlines():
+    done = CliRunner().invoke(app, line.split(), catch_exceptions=False)
+    print(done.output)
+    assert done.exit_code == 0, line
+"""
+
+
+def test_a_checkpoint_moves_to_other_machines(config: Path, tmp_path: Path) -> None:
+    """Begun on eight devices; from a copy of its folder it goes on, and is used, on four, two and one."""
+    spread = [f"output.folder={tmp_path / 'begun'}", "mesh.rules={embed_tokens: [null, fsdp]}"]
+    stopped_at(config, 5, *spread, "mesh.fsdp=8")
+    alone = train(config, ["training.max_steps=8", f"output.folder={tmp_path / 'alone'}"], quiet())
+    for devices in (4, 2, 1):
+        here = tmp_path / f"on-{devices}"
+        shutil.copytree(tmp_path / "begun", here / "run")
+        settings = [f"output.folder={here / 'run'}", spread[1].replace(" ", ""), f"mesh.fsdp={devices}"]
+        commands = (
+            f"train {config} checkpoints.every=2 training.max_steps=8 {' '.join(settings)}",
+            f"eval {here / 'run'}",
+            f"export {here / 'run'} {here / 'peft'}",
+            f"merge {here / 'run'} {here / 'merged'}",
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", _ELSEWHERE, str(devices)],
+            input="\n".join(commands),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "resumed   after step 4 of 8" in done.stdout
+        close(adapter_of(tmp_path / "alone"), adapter_of(here / "run"))
+        model = session.open_run(here / "run").model
+        exported = jpeft.load_peft(jpeft.strip(model), here / "peft")
+        merged, ids = jpeft.models.load(here / "merged"), np.arange(12)[None]
+        for other in (exported, merged):
+            np.testing.assert_allclose(other(ids), model(ids), rtol=1e-4, atol=1e-5)
+        found = re.findall(r"loss\s+([\d.]+)", done.stdout)
+        assert float(found[-1]) == pytest.approx(alone.after.metrics["loss"], rel=1e-3)
 
 
 def test_what_a_mesh_cannot_do(config: Path) -> None:

@@ -85,14 +85,19 @@ def cells(entry: Entry, entries: Sequence[Entry]) -> list[str]:
         rate,
         f"{costs.trainable:,}",
         size(costs.file_bytes),
-        f"{1000 * costs.step_seconds:.3g} ms",
+        _milliseconds(costs.step_seconds),
         UNKNOWN if costs.step_bytes is None else size(costs.step_bytes),
-        f"{1000 * costs.call_seconds:.3g} ms{' merged' * costs.merged}",
+        f"{_milliseconds(costs.call_seconds)}{' merged' * costs.merged}",
         f"{costs.call_ratio:.2f}",
     ]
     if _forgets(entries):
         made.append(" → ".join(map(number, costs.perplexity)) if costs.perplexity else UNKNOWN)
     return made
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits, written out: 1,170 ms, 30.2 ms."""
+    return f"{float(f'{1000 * seconds:.3g}'):,g} ms"
 
 
 def failures(entries: Sequence[Entry]) -> list[tuple[str, str]]:
