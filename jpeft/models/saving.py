@@ -73,10 +73,11 @@ def save_merged(model: Model, folder: str | Path, *, dequantize: bool = False) -
     graphdef, *parts = partition(model)
     merged = nnx.eval_shape(lambda *arrays: merge(combine(graphdef, *arrays), dequantize=dequantize), *parts)
     worst = Rounding()
+    replaced = (Wrapper, kinds.Packed) if dequantize else (Wrapper,)
 
     def value(slot: Slot, layer: int | None) -> Any:
         nonlocal worst
-        start = _outermost_wrapper(model, slot.path)
+        start = _met(replaced, model, slot.path)
         if start is None:
             return _value(model, slot.path, layer)
         folded = _folded(_layer(model, slot.path[:start], layer))
@@ -95,11 +96,11 @@ def save_merged(model: Model, folder: str | Path, *, dequantize: bool = False) -
     return worst
 
 
-def _outermost_wrapper(model: Model, path: surgery.Path) -> int | None:
-    """After how many steps along `path` a wrapper is met, if there is one."""
+def _met(kind: tuple[type, ...], model: Model, path: surgery.Path) -> int | None:
+    """After how many steps along `path` a module of that kind is met first, if there is one."""
     node: Any = model
     for taken, name in enumerate(path):
-        if isinstance(node, Wrapper):
+        if isinstance(node, kind):
             return taken
         node = surgery.child(node, name)
     return None
@@ -115,7 +116,7 @@ def _layer(model: Model, path: surgery.Path, layer: int | None) -> Any:
 
 
 def _folded(module: Any) -> Any:
-    """The wrapped `module` merged, with a weight in float32 whatever its dtype is."""
+    """The wrapped or quantised `module` as a plain one, with a weight in float32 whatever its dtype is."""
 
     def wide(variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()

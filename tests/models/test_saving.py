@@ -147,6 +147,22 @@ def test_merged_on_the_way_to_the_file(model_name, method_name, dtype, tmp_path)
         assert rounding.relative == pytest.approx(rounding.largest / largest, rel=0.01)
 
 
+def test_layers_without_an_adapter_are_dequantised_too(tmp_path):
+    parts = jpeft.partition(
+        jpeft.LoRA(rank=2, layers=[1], targets="q_proj")(zoo.MODELS["llama-nf4"].make("float32"), rngs=0)
+    )
+    model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    jpeft.models.save_merged(model, tmp_path / "streamed", dequantize=True)
+    jpeft.models.save(jpeft.merge(model, dequantize=True), tmp_path / "whole")
+    made, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("streamed", "whole"))
+    assert made.keys() == expected.keys()
+    assert all(np.array_equal(made[name], expected[name]) for name in made if "q_proj" not in name)
+    assert all(np.allclose(made[name], expected[name], atol=1e-6) for name in made)
+    with pytest.raises(JpeftError, match="its base is quantised"):
+        jpeft.models.save_merged(model, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_what_stays_quantised_is_written_as_it_is(tmp_path):
     base = jpeft.NF4(block_size=4, targets=["gate_proj", "up_proj", "down_proj"])(
         jpeft.models.from_config(LLAMA, task="causal-lm")
