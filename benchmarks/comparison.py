@@ -1,12 +1,12 @@
 """What the runs of a comparison tell beside its table: how losses fall, AdaLoRA's ranks, UniPELT's gates.
 
     jpeft compare configs/compare/small.yaml
-    python benchmarks/comparison.py runs/compare-small
+    python benchmarks/comparison.py runs/compare-small --picture docs/adalora-ranks.svg
 
 Prints the mean training loss in each fifth of the steps, for every method at its rate over all seeds and for every rate
 that was tried; the largest times that the device waited between the steps of a run; how many singular values AdaLoRA
 keeps, by module and layer, mean over seeds; and how far UniPELT's gates are open, by part and layer, mean over the
-tokens of 64 held-out rows and over seeds.
+tokens of 64 held-out rows and over seeds. --picture draws AdaLoRA's ranks.
 """
 
 from __future__ import annotations
@@ -49,17 +49,49 @@ def gates(folder: Path, rows: int = 64) -> dict[str, np.ndarray]:
     return {module: np.array([layers[index] for index in sorted(layers)]) for module, layers in found.items()}
 
 
-def averages(runs: list[dict[str, Any]]) -> None:
-    """Prints the mean over `runs` of what each has by module and layer."""
+def averages(runs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Prints and returns the mean over `runs` of what each has by module and layer."""
+    means = {}
     for module in runs[0] if runs else ():
-        mean = np.mean([np.asarray(run[module]) for run in runs], axis=0)
-        print(f"{module:50} {' '.join(f'{value:.2f}' for value in mean)}")
+        means[module] = np.mean([np.asarray(run[module]) for run in runs], axis=0)
+        print(f"{module:50} {' '.join(f'{value:.2f}' for value in means[module])}")
+    return means
+
+
+def picture(values: dict[str, np.ndarray], title: str) -> str:
+    """An SVG of a field for each module and layer, the darker the larger its value."""
+    cell, left, top = 56, 270, 56
+    layers, most = max(map(len, values.values())), max(value.max() for value in values.values())
+    width, height = left + cell * layers + 16, top + cell // 2 * len(values) + 16
+    font = 'font-family="system-ui, sans-serif" font-size="13"'
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" {font}>',
+        f"<title>{title}</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="12" y="22" font-weight="600" fill="#1f2328">{title}</text>',
+    ]
+    for layer in range(layers):
+        x = left + cell * layer + cell // 2
+        lines.append(f'<text x="{x}" y="{top - 8}" text-anchor="middle" fill="#59636e">layer {layer}</text>')
+    for row, (module, found) in enumerate(values.items()):
+        y = top + cell // 2 * row
+        name = "/".join(module.split("/")[-3:])
+        lines.append(f'<text x="{left - 12}" y="{y + 18}" text-anchor="end" fill="#1f2328">{name}</text>')
+        for layer, value in enumerate(found):
+            x, share = left + cell * layer, float(value / most) if most else 0.0
+            ink = "#ffffff" if share > 0.55 else "#1f2328"
+            box = f'x="{x + 1}" y="{y + 1}" width="{cell - 2}" height="{cell // 2 - 2}"'
+            lines.append(f'<rect {box} rx="3" fill="#0969da" fill-opacity="{0.06 + 0.94 * share:.2f}"/>')
+            lines.append(f'<text x="{x + cell // 2}" y="{y + 18}" text-anchor="middle" fill="{ink}">{value:.1f}</text>')
+    return "\n".join([*lines, "</svg>\n"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output.folder of a jpeft compare")
-    folder = parser.parse_args().folder
+    parser.add_argument("--picture", type=Path, help="new SVG of the ranks that AdaLoRA keeps", metavar="FILE")
+    options = parser.parse_args()
+    folder = options.folder
     print("training loss by fifths of the steps")
     for method in sorted((folder / "runs").iterdir()):
         print(f"{method.name:16} all seeds  {fifths(sorted(method.iterdir()))}")
@@ -75,7 +107,12 @@ def main() -> None:
     print(f"\n{len(seconds)} runs with steps of {min(train):.0f} to {max(train):.0f} s together; at most ", end="")
     print(f"{largest['between_steps']:.1f} s between them, {largest['input']:.1f} s of it for input")
     print("\nof AdaLoRA's singular values are kept, by layer")
-    averages([jpeft.adalora_ranks(session.open_run(run).model) for run in sorted(folder.glob("runs/adalora/*"))])
+    ranks = averages(
+        [jpeft.adalora_ranks(session.open_run(run).model) for run in sorted(folder.glob("runs/adalora/*"))]
+    )
+    if options.picture and ranks:
+        text = picture(ranks, "Singular values that AdaLoRA keeps, mean over seeds")
+        options.picture.write_text(text, encoding="utf-8")
     print("\nUniPELT's gates are open, by layer")
     averages([gates(run) for run in sorted(folder.glob("runs/unipelt/*"))])
 

@@ -95,7 +95,11 @@ class VeRAUpdate(LinearUpdate):
 
 
 class LoHaUpdate(LinearUpdate):
-    """y + s x ((a1 b1) * (a2 b2)). a1, a2 [in, r], b1, b2 [r, out]: `Trainable`."""
+    """y + s x ((a1 b1) * (a2 b2)). a1, a2 [in, r], b1, b2 [r, out]: `Trainable`.
+
+    The product element by element of two matrices of rank r is one matrix of rank r^2, whose factors are all products
+    of a column of a1 with one of a2, and of a row of b1 with one of b2. With few of them the change is never formed.
+    """
 
     def __init__(self, base: Any, *, key: jax.Array, rank: int, scale: float, **settings: Any):
         super().__init__(base, **settings)
@@ -109,7 +113,12 @@ class LoHaUpdate(LinearUpdate):
 
     def update(self, x: Array) -> Array:
         a1, b1, a2, b2 = self._typed(x, self.a1, self.b1, self.a2, self.b2)
-        return x @ (self.scaling * (a1 @ b1) * (a2 @ b2))
+        (inputs, rank), outputs = a1.shape, b1.shape[1]
+        if rank**2 * (inputs + outputs) >= inputs * outputs:
+            return x @ (self.scaling * (a1 @ b1) * (a2 @ b2))
+        columns = (a1[:, :, None] * a2[:, None, :]).reshape(inputs, rank**2)
+        rows = (b1[:, None, :] * b2[None, :, :]).reshape(rank**2, outputs)
+        return (x @ columns) @ (self.scaling * rows)
 
     def changed(self, weight: Array) -> Array:
         a1, b1, a2, b2 = (vars(self)[name].get_value() for name in ("a1", "b1", "a2", "b2"))
@@ -278,7 +287,8 @@ class VeRA(_Updates):
 class LoHa(_Updates):
     """LoHa (arXiv:2108.06098): `W + alpha / rank * (A1 B1) * (A2 B2)`, element by element: of rank up to rank^2.
 
-    Every step makes the change of one layer's weight in full. name: `<module path>/<name>/a1`, `/b1`, `/a2`, `/b2`.
+    Where rank^2 is far below the layer's width, a step costs what LoRA of rank^2 would; where it is not, it makes the
+    change of one layer's weight in full. name: `<module path>/<name>/a1`, `/b1`, `/a2`, `/b2`.
     """
 
     kind: ClassVar[str] = "loha"

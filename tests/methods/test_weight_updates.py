@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,6 +42,20 @@ def test_a_rotation_keeps_lengths() -> None:
         assert jnp.abs(rotations - jnp.eye(4)).max() > 0.1
         assert np.allclose(rotations @ rotations.swapaxes(1, 2), jnp.eye(4), atol=tolerance)
         assert turned(x).shape == (1, 20)
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_loha_with_and_without_forming_the_change(rank: int) -> None:
+    base = nnx.Linear(24, 36, rngs=nnx.Rngs(0))
+    parts = jpeft.partition(jpeft.LoHa(rank=rank, alpha=3.0)(base, rngs=0))
+    values = zoo.trained(parts, size=0.5)
+    x = jnp.linspace(-1, 1, 5 * 24).reshape(5, 24)
+    run = jax.jit(lambda adapter: jpeft.combine(parts.graphdef, adapter, *parts[2:])(x))
+    formed = "f32[24,36] = dot_general" in str(jax.make_jaxpr(run)(values))
+    assert formed == (rank == 4)  # 16 products of columns are as much work as the change itself
+    a1, b1, a2, b2 = (np.asarray(values[f"loha/{name}"]) for name in ("a1", "b1", "a2", "b2"))
+    expected = np.asarray(base(x)) + np.asarray(x) @ (3 / rank * (a1 @ b1) * (a2 @ b2))
+    np.testing.assert_allclose(run(values), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
