@@ -3,10 +3,14 @@
     jpeft compare configs/compare/small.yaml
     python benchmarks/comparison.py runs/compare-small --picture docs/adalora-ranks.svg
 
+    jpeft compare configs/compare/small-parts.yaml
+    jpeft train configs/unipelt.yaml
+    python benchmarks/comparison.py runs/compare-small-parts --gates runs/unipelt
+
 Prints the mean training loss in each fifth of the steps, for every method at its rate over all seeds and for every rate
 that was tried; the largest times that the device waited between the steps of a run; how many singular values AdaLoRA
 keeps, by module and layer, mean over seeds; and how far UniPELT's gates are open, by part and layer, mean over the
-tokens of 64 held-out rows and over seeds. --picture draws AdaLoRA's ranks.
+tokens of 64 held-out rows and over seeds. --picture draws AdaLoRA's ranks; --gates prints those of further runs.
 """
 
 from __future__ import annotations
@@ -90,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output.folder of a jpeft compare")
     parser.add_argument("--picture", type=Path, help="new SVG of the ranks that AdaLoRA keeps", metavar="FILE")
+    parser.add_argument("--gates", type=Path, nargs="+", default=[], help="runs of UniPELT", metavar="RUN")
     options = parser.parse_args()
     folder = options.folder
     print("training loss by fifths of the steps")
@@ -115,6 +120,9 @@ def main() -> None:
         options.picture.write_text(text, encoding="utf-8")
     print("\nUniPELT's gates are open, by layer")
     averages([gates(run) for run in sorted(folder.glob("runs/unipelt/*"))])
+    for run in options.gates:
+        print(f"\nthose of {run}")
+        averages([gates(run)])
 
 
 if __name__ == "__main__":
