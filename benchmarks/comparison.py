@@ -111,17 +111,17 @@ def main() -> None:
     train = [one["train"] for one in seconds]
     print(f"\n{len(seconds)} runs with steps of {min(train):.0f} to {max(train):.0f} s together; at most ", end="")
     print(f"{largest['between_steps']:.1f} s between them, {largest['input']:.1f} s of it for input")
-    print("\nof AdaLoRA's singular values are kept, by layer")
+    print("\nsingular values that AdaLoRA keeps, by layer, if it is among the methods")
     ranks = averages(
         [jpeft.adalora_ranks(session.open_run(run).model) for run in sorted(folder.glob("runs/adalora/*"))]
     )
     if options.picture and ranks:
         text = picture(ranks, "Singular values that AdaLoRA keeps, mean over seeds")
         options.picture.write_text(text, encoding="utf-8")
-    print("\nUniPELT's gates are open, by layer")
+    print("\nhow far UniPELT's gates are open, by layer, if it is among the methods")
     averages([gates(run) for run in sorted(folder.glob("runs/unipelt/*"))])
     for run in options.gates:
-        print(f"\nthose of {run}")
+        print(f"\nhow far those of {run} are")
         averages([gates(run)])
 
 

@@ -16,6 +16,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def held(kind: str) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(kind)) * 1024
 
 
-def measure(dtype: str, streamed: bool, options: argparse.Namespace, answers: Any) -> None:
-    """Puts (bytes of the model, median seconds, bytes beyond them, rounding) into `answers`."""
+def measure(dtype: str, streamed: bool, options: argparse.Namespace) -> tuple[int, float, int, Any]:
+    """(bytes of the model, median seconds, bytes beyond what was held before, rounding)."""
     model = adapted(dtype, options)
     size = sum(value.nbytes for value in jax.block_until_ready(jpeft.partition(model).frozen).values())
     seconds, most, rounding = [], 0, None
@@ -66,7 +67,7 @@ def measure(dtype: str, streamed: bool, options: argparse.Namespace, answers: An
                 jpeft.models.save(jpeft.merge(model), folder)
             seconds.append(time.perf_counter() - begin)
             most = max(most, held("VmHWM") - before)
-    answers.put((size, statistics.median(seconds), most, rounding))
+    return size, statistics.median(seconds), most, rounding
 
 
 def main() -> None:
@@ -82,12 +83,8 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         cells, rounding = [], None
         for streamed in (False, True):
-            context = multiprocessing.get_context("spawn")
-            answers = context.Queue()
-            process = context.Process(target=measure, args=(dtype, streamed, options, answers))
-            process.start()
-            size, seconds, most, rounding = answers.get()
-            process.join()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                size, seconds, most, rounding = alone.submit(measure, dtype, streamed, options).result()
             cells += [f"{seconds:.1f}", f"{most / 2**20:.0f}"]
         print(f"| {dtype} | {size / 2**20:.0f} | {' | '.join(cells)} |", flush=True)
     print(f"\n{rounding}")

@@ -107,12 +107,19 @@ class Stack(nnx.Module):
         return nnx.List([layer(index) for index in range(self.length)])
 
     def at(self, index: int) -> Any:
-        """Layer `index` as a module (copies of its arrays), without the wrappers that do not cover it."""
+        """Layer `index` as a module (copies of its arrays), without the wrappers that do not cover it.
+
+        Raises JpeftError if there is no layer of that number.
+        """
+        if not 0 <= index < self.length:
+            raise JpeftError(f"at: layer {index} of {self.length}; they count from 0")
         graphdef, shared, rows, stacked = self._active(index, index + 1)
         own, whole = jax.tree.map(lambda a: a[0], rows), jax.tree.map(lambda a: a[index], stacked)
         layer = nnx.merge(graphdef, shared, own, whole)
         for _, wrapper in _wrappers(layer):
-            wrapper.layers, wrapper.leading = None, max(wrapper.leading - 1, 0)
+            wrapper.layers = None
+            if vars(wrapper).get("leading"):
+                wrapper.leading -= 1
         return layer
 
     def __call__(self, carry: Any, *args: Any, **kwargs: Any) -> Any:

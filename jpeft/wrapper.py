@@ -67,7 +67,7 @@ class Wrapper(nnx.Module):
     name: str
     layers: tuple[int, ...] | None
     adapter_ids: AdapterIds | None
-    leading: int = 0  # how many axes of its variables count layers
+    leading: int  # how many axes of its variables count layers
 
     def __init__(self, base: Any, *, name: str, layers: tuple[int, ...] | None = None):
         self.base = nnx.data(base) if isinstance(base, nnx.Pytree) else base

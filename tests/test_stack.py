@@ -182,3 +182,20 @@ def test_layer_inputs_in_the_memory_of_the_host_change_no_gradient(layers: Any) 
     assert f"f32[{shape}]" not in program
     with pytest.raises(jpeft.JpeftError, match=r"offload: UserModel keeps its layers in no jpeft\.Stack"):
         jpeft.offload(zoo.UserModel(nnx.Rngs(0), stacked=False))
+
+
+def test_one_layer_as_a_module() -> None:
+    parts = jpeft.partition(jpeft.LoRA(rank=2, layers=[1])(Wide(False), rngs=0))
+    stack = jpeft.combine(parts.graphdef, zoo.trained(parts), *parts[2:]).layers
+    x = jnp.linspace(-1, 1, WIDE)[None]
+    with_adapter, without = stack.at(1), stack.at(0)
+    assert "lora" not in str(nnx.graphdef(without))
+    y = stack(x)
+    for index in range(DEPTH):
+        x = stack.at(index)(x, index)
+    assert np.allclose(x, y, rtol=1e-5, atol=1e-6)
+    merged = jpeft.merge(with_adapter)
+    assert np.allclose(merged(x, 1), with_adapter(x, 1), rtol=1e-5, atol=1e-5)
+    for index in (-1, DEPTH):
+        with pytest.raises(jpeft.JpeftError, match=f"at: layer {index} of {DEPTH}"):
+            stack.at(index)

@@ -73,8 +73,8 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
     yield f"merged into {target}; load it with jpeft.models.load({str(target)!r}) or with transformers"
     if rounding.tensor is not None:
         yield (
-            f"rounding merged weights once, to {rounding.dtype}, changed them by at most {rounding.largest:.2g} "
-            f"({rounding.relative:.2%} of the largest value of {rounding.tensor})"
+            f"rounding merged weights to {rounding.dtype} changed them by at most {rounding.largest:.2g}; it takes "
+            f"{rounding.share:.1%} of the adapter's change where that is most, in {rounding.tensor}"
         )
     if run.config.model.base is not None:
         yield "note: the base is quantised, which cannot hold an adapter exactly; the merged model is in full precision"

@@ -287,8 +287,8 @@ class VeRA(_Updates):
 class LoHa(_Updates):
     """LoHa (arXiv:2108.06098): `W + alpha / rank * (A1 B1) * (A2 B2)`, element by element: of rank up to rank^2.
 
-    Where rank^2 is far below the layer's width, a step costs what LoRA of rank^2 would; where it is not, it makes the
-    change of one layer's weight in full. name: `<module path>/<name>/a1`, `/b1`, `/a2`, `/b2`.
+    A step costs what LoRA of rank^2 would; where rank^2 (in + out) is not below in * out, it makes the change of one
+    layer's weight in full. name: `<module path>/<name>/a1`, `/b1`, `/a2`, `/b2`.
     """
 
     kind: ClassVar[str] = "loha"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from jpeft.models.families import Slot, checkpoint_key, family, slots
 from jpeft.models.model import Model
 from jpeft.models.packed import packed_tensors, quantization_config
 from jpeft.models.tensors import WEIGHTS, TensorInfo, write_safetensors, write_whole
-from jpeft.partition import combine, partition
 from jpeft.quant import QuantizedLinear
 from jpeft.stack import Stack
 from jpeft.wrapper import Wrapper, innermost
@@ -29,14 +28,15 @@ from jpeft.wrapper import Wrapper, innermost
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """What rounding merged weights to their dtypes changed.
+    """What rounding merged weights to their dtype changed.
 
-    largest: the most by which a value differs from the float32 one. relative: the same divided by the largest value of
-    that tensor. tensor, dtype: its name in the file and what it was rounded to; None where nothing was rounded.
+    largest: the most by which any value differs from the float32 one. share: how much of the change that an adapter
+    makes rounding amounts to, |rounded - exact| / |exact - base| in Frobenius norm, in the tensor of the file where
+    that is most. tensor, dtype: that one and what it was rounded to; None where nothing was rounded.
     """
 
     largest: float = 0.0
-    relative: float = 0.0
+    share: float = 0.0
     tensor: str | None = None
     dtype: str | None = None
 
@@ -52,48 +52,61 @@ def save(model: Model, folder: str | Path) -> Path:
     Raises JpeftError for a model with wrappers in it (`save_merged` writes those) and for a folder that cannot be
     written.
     """
-    _check(model)
+    _check(model, "save")
     wrappers = [path for path, module in surgery.modules(model) if isinstance(module, Wrapper)]
     if wrappers:
         at = [".".join(map(str, path)) for path in wrappers[:5]]
-        raise JpeftError(f"{_WRAPPED} ({len(wrappers)} wrappers, such as {at})")
+        raise JpeftError(
+            "save: the model has adapters that are not part of its weights; call jpeft.merge(model) first, or "
+            f"jpeft.models.save_merged ({len(wrappers)} wrappers, such as {at})"
+        )
     return _write(model, model, Path(folder), lambda slot, layer: _value(model, slot.path, layer))
 
 
 def save_merged(model: Model, folder: str | Path, *, dequantize: bool = False) -> Rounding:
-    """Writes what `save(merge(model, dequantize=dequantize), folder)` would, without a merged model in memory.
+    """Writes the tensors and the configuration of `save(merge(model, dequantize=dequantize), folder)`, streamed.
 
-    Each weight is merged when it is its turn in the file, one layer at a time, in float32, and rounded once to its
-    dtype. Returns the largest change that this rounding made.
+    No merged model is held: each weight is merged when it is its turn in the file, one layer at a time, in float32, and
+    rounded once to its dtype. (`merge` rounds after each of several wrappers around a layer, and makes DoRA's norms in
+    the layer's dtype.) Returns what that rounding changed.
 
     Raises JpeftError as `merge` and `save` do: for methods that are no function of a weight before anything is written;
-    for a merged weight that is not finite when it is met, and then no file of weights is left.
+    for a merged weight that is not finite when it is met, and then no file of weights is written.
     """
-    _check(model)
-    graphdef, *parts = partition(model)
-    merged = nnx.eval_shape(lambda *arrays: merge(combine(graphdef, *arrays), dequantize=dequantize), *parts)
-    worst = Rounding()
+    _check(model, "save_merged")
+    graphdef, state = nnx.split(model)
+    merged = nnx.eval_shape(lambda state: merge(nnx.merge(graphdef, state), dequantize=dequantize), state)
     replaced = (Wrapper, kinds.Packed) if dequantize else (Wrapper,)
+    rounding = Rounding()
+    made: dict[Any, tuple[Any, Any]] = {}  # the last module that was folded: its tensors follow one another in the file
 
     def value(slot: Slot, layer: int | None) -> Any:
-        nonlocal worst
+        nonlocal rounding
         start = _met(replaced, model, slot.path)
         if start is None:
             return _value(model, slot.path, layer)
-        folded = _folded(_layer(model, slot.path[:start], layer))
-        exact, name = surgery.get(folded, slot.path[start:]).get_value(), slot.names[layer or 0]
-        rounded, finite, change, largest = _rounded(exact, surgery.get(merged, slot.path).dtype)
-        if not bool(finite):
+        at, inside, name = slot.path[:start], slot.path[start:], slot.names[layer or 0]
+        if (at, layer) not in made:
+            made.clear()
+            made[at, layer] = _folded(_layer(model, at, layer))
+        folded, base = made[at, layer]
+        exact, before = (_float32(part, inside) for part in (folded, base))
+        assert exact is not None
+        rounded = exact.astype(surgery.get(merged, slot.path).dtype)
+        largest, lost, change = map(float, _differences(exact, rounded, before))
+        if not math.isfinite(largest):
             raise JpeftError(
                 f"save_merged: {name}: the merged weight is not finite in {rounded.dtype.name} (an overflow, or NaN in "
                 "the adapter or base)"
             )
-        if float(change) > worst.largest:
-            worst = Rounding(float(change), float(change / largest), name, rounded.dtype.name)
+        share, most = lost / change if change else 0.0, max(largest, rounding.largest)
+        rounding = dataclasses.replace(rounding, largest=most)
+        if share > rounding.share:
+            rounding = Rounding(most, share, name, rounded.dtype.name)
         return rounded
 
     _write(merged, model, Path(folder), value)
-    return worst
+    return rounding
 
 
 def _met(kind: tuple[type, ...], model: Model, path: surgery.Path) -> int | None:
@@ -109,30 +122,43 @@ def _met(kind: tuple[type, ...], model: Model, path: surgery.Path) -> int | None
 def _layer(model: Model, path: surgery.Path, layer: int | None) -> Any:
     """The module at `path`; of one inside a `Stack`, that of one layer."""
     module = surgery.get(model, path)
-    if layer is None:
-        return module
-    around = (surgery.get(model, path[:taken]) for taken in range(len(path)))
-    return next(Stack(module, node.length).at(layer) for node in around if isinstance(node, Stack))
+    for taken in range(len(path)):
+        around = surgery.get(model, path[:taken])
+        if isinstance(around, Stack) and layer is not None:
+            return Stack(module, around.length).at(layer)
+    return module
 
 
-def _folded(module: Any) -> Any:
-    """The wrapped or quantised `module` as a plain one, with a weight in float32 whatever its dtype is."""
+def _folded(module: Any) -> tuple[Any, Any]:
+    """The wrapped or quantised `module` as a plain one in float32 whatever its dtype is, and the same without adapter.
+
+    What cannot be folded is known by then.
+    """
 
     def wide(variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()
         return variable.replace(value.astype(jnp.float32)) if jnp.issubdtype(value.dtype, jnp.floating) else variable
 
     plain = surgery.rewrite(module, lambda part: part.plain() if isinstance(part, kinds.Packed) else part)
-    return merge(surgery.map_variables(plain, wide))
+    plain = surgery.map_variables(plain, wide)
+    bare = surgery.rewrite(plain, lambda part: part.base if isinstance(part, Wrapper) else part)
+    return surgery.rewrite(plain, lambda part: part.fold(part.base) if isinstance(part, Wrapper) else part), bare
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _rounded(exact: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(`exact` in dtype, whether it is finite, the most by which a value changed, the largest value)."""
-    made, kept = exact.astype(dtype), jnp.finfo(dtype)
-    # Not made.astype(exact.dtype): the compiler may take casting there and back for nothing at all.
-    change = jnp.max(jnp.abs(jax.lax.reduce_precision(exact, kept.nexp, kept.nmant) - exact), initial=0)
-    return made, jnp.all(jnp.isfinite(made)), change, jnp.max(jnp.abs(exact), initial=0)
+def _float32(module: Any, path: surgery.Path) -> jax.Array | None:
+    """The variable at `path`; None where there is none, such as a bias that training added."""
+    variable = dict(nnx.to_flat_state(nnx.state(module))).get(path)
+    return None if variable is None else jnp.asarray(variable.get_value(), jnp.float32)
+
+
+@jax.jit
+def _differences(exact: jax.Array, rounded: jax.Array, before: jax.Array | None) -> tuple[jax.Array, ...]:
+    """(largest |rounded - exact|, its Frobenius norm, that of what the adapter changed).
+
+    Not in one program with the rounding: the compiler may take casting there and back for nothing at all.
+    """
+    lost, change = rounded.astype(jnp.float32) - exact, exact if before is None else exact - before
+    return jnp.max(jnp.abs(lost), initial=0), jnp.linalg.norm(lost), jnp.linalg.norm(change)
 
 
 def _value(model: Model, path: surgery.Path, layer: int | None) -> Any:
@@ -140,11 +166,12 @@ def _value(model: Model, path: surgery.Path, layer: int | None) -> Any:
     return value if layer is None else value[layer]
 
 
-def _check(model: Any) -> None:
-    if isinstance(model, Wrapper):
-        raise JpeftError(_WRAPPED)
+def _check(model: Any, caller: str) -> None:
     if not isinstance(model, Model):
-        raise JpeftError(f"save: expected a model of jpeft.models, found {type(model).__name__}")
+        found = type(model).__name__
+        if isinstance(model, Wrapper):
+            found += ", which stands around the model as a whole and is not part of its weights (jpeft.merge tells why)"
+        raise JpeftError(f"{caller}: expected a model of jpeft.models, found {found}")
 
 
 def _write(shapes: Model, model: Model, folder: Path, value: Callable[[Slot, int | None], Any]) -> Path:
@@ -154,8 +181,9 @@ def _write(shapes: Model, model: Model, folder: Path, value: Callable[[Slot, int
     tensors: dict[str, TensorInfo] = {}
     packed = {node.path: node for node in paths.nodes(shapes) if isinstance(innermost(node.module), QuantizedLinear)}
     parts: dict[str, np.ndarray] = {}
+    stored = {node.name: innermost(node.module) for node in paths.nodes(model)} if packed else {}
     for node in packed.values():
-        kernel = innermost(surgery.get(model, node.path)).quantized
+        kernel = stored[node.name].quantized
         for layer in node.members:
             name = checkpoint_key(shapes, found, f"{node.expanded(layer)}.kernel")
             parts |= packed_tensors(kernel if layer is None else jax.tree.map(lambda a, i=layer: a[i], kernel), name)
@@ -184,12 +212,6 @@ def _write(shapes: Model, model: Model, folder: Path, value: Callable[[Slot, int
     write_safetensors(folder / WEIGHTS, tensors, read, {"format": "pt"})
     write_whole(folder / "config.json", [json.dumps(_config(shapes), indent=2, sort_keys=True).encode() + b"\n"])
     return folder
-
-
-_WRAPPED = (
-    "save: the model has adapters that are not part of its weights; call jpeft.merge(model) first, or "
-    "jpeft.models.save_merged"
-)
 
 
 def _config(model: Model) -> dict[str, Any]:

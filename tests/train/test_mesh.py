@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -70,52 +71,53 @@ def test_a_mesh_changes_no_result(config: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(whole.losses, alone.losses[:8], rtol=1e-4)
 
 
-# What `jpeft` is asked in a process that has only `devices` of them.
+# What `jpeft` is asked in a process that has only so many devices.
 _ELSEWHERE = """
+import json
 import sys
 import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+jax.config.update("jax_enable_compilation_cache", False)
 from typer.testing import CliRunner
 from train.cli import app
-for line in sys.stdin.read().splitlines():
-    done = CliRunner().invoke(app, line.split(), catch_exceptions=False)
+for command in json.load(sys.stdin):
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
     print(done.output)
-    assert done.exit_code == 0, line
+    assert done.exit_code == 0, command
 """
 
 
 def test_a_checkpoint_moves_to_other_machines(config: Path, tmp_path: Path) -> None:
     """Begun on eight devices; from a copy of its folder it goes on, and is used, on four, two and one."""
-    spread = [f"output.folder={tmp_path / 'begun'}", "mesh.rules={embed_tokens: [null, fsdp]}"]
-    stopped_at(config, 5, *spread, "mesh.fsdp=8")
+    rules = "mesh.rules={embed_tokens: [null, fsdp]}"
+    stopped_at(config, 5, f"output.folder={tmp_path / 'begun'}", rules, "mesh.fsdp=8")
     alone = train(config, ["training.max_steps=8", f"output.folder={tmp_path / 'alone'}"], quiet())
     for devices in (4, 2, 1):
-        here = tmp_path / f"on-{devices}"
-        shutil.copytree(tmp_path / "begun", here / "run")
-        settings = [f"output.folder={here / 'run'}", spread[1].replace(" ", ""), f"mesh.fsdp={devices}"]
-        commands = (
-            f"train {config} checkpoints.every=2 training.max_steps=8 {' '.join(settings)}",
-            f"eval {here / 'run'}",
-            f"export {here / 'run'} {here / 'peft'}",
-            f"merge {here / 'run'} {here / 'merged'}",
-        )
+        run, peft, merged = (str(tmp_path / f"on-{devices}" / name) for name in ("run", "peft", "merged"))
+        shutil.copytree(tmp_path / "begun", run)
+        settings = ["checkpoints.every=2", "training.max_steps=8", f"output.folder={run}", rules]
+        commands = [
+            ["train", str(config), *settings, f"mesh.fsdp={devices}"],
+            ["eval", run],
+            ["export", run, peft],
+            ["merge", run, merged],
+        ]
         done = subprocess.run(
             [sys.executable, "-c", _ELSEWHERE, str(devices)],
-            input="\n".join(commands),
+            input=json.dumps(commands),
             capture_output=True,
             text=True,
             check=False,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "resumed   after step 4 of 8" in done.stdout
-        close(adapter_of(tmp_path / "alone"), adapter_of(here / "run"))
-        model = session.open_run(here / "run").model
-        exported = jpeft.load_peft(jpeft.strip(model), here / "peft")
-        merged, ids = jpeft.models.load(here / "merged"), np.arange(12)[None]
-        for other in (exported, merged):
+        close(adapter_of(tmp_path / "alone"), adapter_of(Path(run)))
+        (scored,) = re.findall(r"^adapter   .*loss ([\d.]+)", done.stdout, re.MULTILINE)
+        assert float(scored) == pytest.approx(alone.after.metrics["loss"], rel=1e-3)
+        model, ids = session.open_run(Path(run)).model, np.arange(12)[None]
+        for other in (jpeft.load_peft(jpeft.strip(model), peft), jpeft.models.load(merged)):
             np.testing.assert_allclose(other(ids), model(ids), rtol=1e-4, atol=1e-5)
-        found = re.findall(r"loss\s+([\d.]+)", done.stdout)
-        assert float(found[-1]) == pytest.approx(alone.after.metrics["loss"], rel=1e-3)
 
 
 def test_what_a_mesh_cannot_do(config: Path) -> None:
