@@ -9,13 +9,17 @@
 
 Prints the mean training loss in each fifth of the steps, for every method at its rate over all seeds and for every rate
 that was tried; the largest times that the device waited between the steps of a run; how many singular values AdaLoRA
-keeps, by module and layer, mean over seeds; and how far UniPELT's gates are open, by part and layer, mean over the
-tokens of 64 held-out rows and over seeds. --picture draws AdaLoRA's ranks; --gates prints those of further runs.
+keeps, by module and layer, mean over seeds; how far UniPELT's gates are open, by part and layer, mean over the
+tokens of 64 held-out rows and over seeds; and how Pfeiffer's adapters score, trained with AdapterDrop (`adapter-drop`)
+and without (`pfeiffer`), when those of the lowest layers are taken away.
+
+--picture draws AdaLoRA's ranks; --gates prints those of further runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ from typing import Any
 import numpy as np
 
 import jpeft
-from train import batches, session
+from train import batches, scoring, session
 from train.data import rows_of
 from train.summary import SUMMARY
 from train.trackers import METRICS, read
@@ -51,6 +55,18 @@ def gates(folder: Path, rows: int = 64) -> dict[str, np.ndarray]:
         module = "/".join(part for part in parts if part != layer)
         found.setdefault(module, {})[int(layer)] = float((np.asarray(gate, np.float32) * real).sum())
     return {module: np.array([layers[index] for index in sorted(layers)]) for module, layers in found.items()}
+
+
+def dropped(folder: Path, most: int = 3) -> list[float]:
+    """The score of a run without the adapters of its lowest layers, of 0, 1, ... `most` of them."""
+    run = session.open_run(folder)
+    task = scoring.task_of(run, *rows_of(run.config.data, run.task))
+    scores = []
+    for layers in range(most + 1):
+        model = jpeft.drop_adapters(run.model, range(layers)) if layers else run.model
+        score = scoring.score_of(dataclasses.replace(run, model=model), task)
+        scores.append(next(iter(score.metrics.values())))
+    return scores
 
 
 def averages(runs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -120,6 +136,12 @@ def main() -> None:
         options.picture.write_text(text, encoding="utf-8")
     print("\nhow far UniPELT's gates are open, by layer, if it is among the methods")
     averages([gates(run) for run in sorted(folder.glob("runs/unipelt/*"))])
+    for label in ("pfeiffer", "adapter-drop"):
+        runs = sorted(folder.glob(f"runs/{label}/*"))
+        if runs:
+            scores = np.array([dropped(run) for run in runs])
+            said = ", ".join(f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in scores.T)
+            print(f"\n{label} without the adapters of the lowest 0, 1, 2, 3 layers: {said}")
     for run in options.gates:
         print(f"\nhow far those of {run} are")
         averages([gates(run)])

@@ -42,10 +42,10 @@ def evaluate(
         test = test.select(range(min(limit, len(test))))
     check_columns(run.task, test)
     run.task.check(test)
-    task = _task(run, train, test)
+    task = task_of(run, train, test)
     for what, count in task.counts["held-out"].items():
         yield f"warning   {count} {what}"
-    score = _score(run, task)
+    score = score_of(run, task)
     name = "adapter" if adapted else "base"
     yield f"{name:<9} {score} ({len(task.test):,} rows of {test.name})"
     if output is not None:
@@ -57,7 +57,8 @@ def evaluate(
         )
 
 
-def _task(run: Run, train: Rows | None, test: Rows) -> TaskData:
+def task_of(run: Run, train: Rows | None, test: Rows) -> TaskData:
+    """What `run` is asked of the rows of `test`; train: its training rows where they are at hand."""
     examples = run.task.examples(test, run.reader)
     counts = +run.reader.counts
     if not examples:
@@ -68,7 +69,8 @@ def _task(run: Run, train: Rows | None, test: Rows) -> TaskData:
     return TaskData(run.task, [], examples, train, test, {"held-out": counts})
 
 
-def _score(run: Run, task: TaskData) -> Score:
+def score_of(run: Run, task: TaskData) -> Score:
+    """How the model of `run` does at it."""
     graphdef, adapter, buffers, frozen = jpeft.partition(run.model)
     lengths = [len(example) for example in task.test]
     size = run.config.evaluation.batch_size or 4 * run.config.training.batch_size

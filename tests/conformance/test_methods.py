@@ -345,7 +345,6 @@ def test_on_one_model_of_every_kind(model_name: str, method_name: str) -> None:
     adapter = zoo.trained(parts)
     value, gradient = gradient_of(model_name, method_name)(adapter, parts.buffers, parts.frozen)
     assert jnp.isfinite(value)
-    assert gradient.keys() == parts.adapter.keys()
     still = [name for name, value in gradient.items() if not jnp.any(value != 0)]
     assert not still, f"no gradient for {still}"
     assert all(jnp.all(jnp.isfinite(value)) for value in gradient.values())
