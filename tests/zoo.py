@@ -392,8 +392,8 @@ VARIANTS: dict[str, Entry] = {
 }
 
 ENTRIES = {**METHODS, **VARIANTS}
-# How NNX holds a module decides nothing about how a method meets a model: in tree mode each method has one model, and
-# LoRA all of them.
+# How NNX holds a module decides nothing about how a method meets a model: in tree mode each method has one model and a
+# stack of the user's own, and LoRA all of them.
 _TREE = os.environ.get("NNX_GRAPH_MODE", "").lower() == "false"
 PAIRS = [
     (model, name)
@@ -401,7 +401,12 @@ PAIRS = [
     for model in (entry.models[:1] if _TREE and name != "lora" else entry.models)
 ]
 # The other models of one kind each: fewer checks, for what differs is how a method finds its places.
-OTHERS = [(model, name) for name, entry in METHODS.items() for model in CORE if model not in entry.models and not _TREE]
+OTHERS = [
+    (model, name)
+    for name, entry in METHODS.items()
+    for model in CORE
+    if model not in entry.models and (not _TREE or model == "user-stack-remat")
+]
 # Where a method has nothing to stand on: the user's model says nothing about itself, and Flax's attention has neither
 # embedding nor norm nor plain linear layers.
 NO_PLACE = {
