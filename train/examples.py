@@ -60,6 +60,8 @@ class Reader:
 
     def __init__(self, tokenizer: Any, max_length: int, *, types: bool = False):
         self.tokenizer = tokenizer
+        # Without its warnings of a limit of its own: `max_length` is the one that counts, and what it cuts is counted.
+        self._tokens = functools.partial(tokenizer, verbose=False)
         self.max_length = max_length
         self.types = types
         self.counts: Counter[str] = Counter()
@@ -69,7 +71,7 @@ class Reader:
     @functools.cached_property
     def bos(self) -> int | None:
         """The id that the tokenizer puts in front of a text by itself."""
-        ids = self.tokenizer("a").input_ids
+        ids = self._tokens("a").input_ids
         return ids[0] if ids and ids[0] == self.tokenizer.bos_token_id else None
 
     @functools.cached_property
@@ -86,7 +88,7 @@ class Reader:
 
     def encode(self, text: str, *, bos: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, character spans) of a text, with one bos where the tokenizer wants one and the text has none."""
-        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        made = self._tokens(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, spans = list(made.input_ids), [(int(a), int(b)) for a, b in made.offset_mapping]
         if bos and self.bos is not None and (not ids or ids[0] != self.bos):
             ids, spans = [self.bos, *ids], [(0, 0), *spans]
@@ -170,10 +172,10 @@ class Reader:
 
     def classification(self, text: str, pair: str | None, label: Any, row: int) -> list[Example]:
         """A text or pair with its label."""
-        made = self.tokenizer(
+        made = self._tokens(
             text, pair, truncation="longest_first", max_length=self.max_length, return_token_type_ids=self.types
         )
-        whole = self.tokenizer(text, pair)
+        whole = self._tokens(text, pair)
         self.counts["rows longer than data.max_length, cut"] += len(whole.input_ids) > len(made.input_ids)
         if not text.strip():
             self.counts["rows without text left out"] += 1
@@ -186,16 +188,16 @@ class Reader:
 
     def source(self, prompt: str) -> list[int]:
         """The ids of a prompt for an encoder, with the tokenizer's own end, at most `max_length`."""
-        made = self.tokenizer(prompt, truncation=True, max_length=self.max_length)
+        made = self._tokens(prompt, truncation=True, max_length=self.max_length)
         return list(made.input_ids)
 
     def pair(self, prompt: str, completion: str, row: int) -> list[Example]:
         """A prompt for an encoder; label: what its decoder learns, the completion's ids and the end token."""
         ids = self.source(prompt)
         self.counts["rows whose prompt is longer than data.max_length, cut at its end"] += (
-            len(ids) == self.max_length and len(self.tokenizer(prompt).input_ids) > self.max_length
+            len(ids) == self.max_length and len(self._tokens(prompt).input_ids) > self.max_length
         )
-        label = list(self.tokenizer(text_target=completion, add_special_tokens=False).input_ids)
+        label = list(self._tokens(text_target=completion, add_special_tokens=False).input_ids)
         label = label if label and label[-1] == self.eos else [*label, self.eos]
         if not ids:
             self.counts["rows without a prompt left out"] += 1
@@ -214,7 +216,7 @@ class Reader:
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         if room < 1:
             raise JpeftError(f"data.max_length: {self.max_length} leaves no room beside the special tokens; give more")
-        pieces = self.tokenizer(
+        pieces = self._tokens(
             text, truncation=True, max_length=self.max_length, return_overflowing_tokens=True
         ).input_ids
         made = []
@@ -231,7 +233,7 @@ class Reader:
         if not words:
             self.counts["rows without words left out"] += 1
             return []
-        made = self.tokenizer(
+        made = self._tokens(
             " ".join(words),
             truncation=True,
             max_length=self.max_length,
@@ -247,9 +249,7 @@ class Reader:
             if end > begin and word > last:
                 tokens[:, at] = tags[word], word
                 seen, last = seen + 1, word
-        whole = (
-            len(made.input_ids) < self.max_length or len(self.tokenizer(" ".join(words)).input_ids) <= self.max_length
-        )
+        whole = len(made.input_ids) < self.max_length or len(self._tokens(" ".join(words)).input_ids) <= self.max_length
         read = len(words) if whole else last + 1
         self.counts["words behind data.max_length, cut"] += len(words) - read
         self.counts["words without a token of their own, whose tags are not learnt"] += read - seen

@@ -110,6 +110,22 @@ def test_an_end_that_pads_as_well_is_learnt_where_it_ends() -> None:
     assert batch["weights"].tolist() == [2, long.targets.sum()]  # one for " red", one for the end
 
 
+def test_the_tokenizers_own_limit_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 2
+    long = " one two three four red green blue"
+    tokenizer(long)
+    assert "longer than the specified maximum" in caplog.text
+    caplog.clear()
+    reader = Reader(make_tokenizer(), 5)
+    reader.tokenizer.model_max_length = 2
+    assert reader.completion("", long, 0) == []
+    for made in (reader.text(long, 0), reader.classification(long, None, 0, 0), reader.pair(long, "yes", 0)):
+        assert len(made[0]) == 5
+    assert len(reader.tagged(long.split(), [0] * 7, 0)[0]) == 5
+    assert caplog.text == ""
+
+
 def test_long_rows(tokenizer: Any) -> None:
     reader = Reader(make_tokenizer(bos=True), 8)
     (example,) = reader.completion(" one two three four red green blue", " yes no", 0)
