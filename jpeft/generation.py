@@ -173,7 +173,7 @@ def _unrolled(model: Any) -> Any:
     if jax.default_backend() != "cpu":
         return model
     return surgery.rewrite(
-        model, lambda m: m.unstack() if isinstance(m, Stack) and m.length <= _SHALLOW and m.uniform else m, copy=False
+        model, lambda m: m.unstack() if isinstance(m, Stack) and m.length <= _SHALLOW else m, copy=False
     )
 
 

@@ -88,23 +88,9 @@ class Stack(nnx.Module):
         state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         return cls(nnx.merge(graphdefs[0], state), len(layers), remat=remat)
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all wrappers in the layers cover all layers."""
-        return all(wrapper.layers is None for _, wrapper in _wrappers(self.layer))
-
     def unstack(self) -> nnx.List:
         """The same layers as a plain `nnx.List` (copies; for models that want to treat layers one by one)."""
-        if not self.uniform:
-            raise JpeftError("unstack: some wrappers cover only a part of the layers; unstack the base and adapt it")
-        graphdef, stacked, shared = _split(self.layer)
-
-        def layer(index: int) -> nnx.Module:
-            # Each layer gets Variables of its own, for the shared values too: tree mode knows no shared Variables.
-            own, same = jax.tree.map(lambda a: a[index], stacked), jax.tree.map(lambda a: a, shared)
-            return nnx.merge(graphdef, own, same)
-
-        return nnx.List([layer(index) for index in range(self.length)])
+        return nnx.List([self.at(index) for index in range(self.length)])
 
     def at(self, index: int) -> Any:
         """Layer `index` as a module (copies of its arrays), without the wrappers that do not cover it.
@@ -115,7 +101,8 @@ class Stack(nnx.Module):
             raise JpeftError(f"at: layer {index} of {self.length}; they count from 0")
         graphdef, shared, rows, stacked = self._active(index, index + 1)
         own, whole = jax.tree.map(lambda a: a[0], rows), jax.tree.map(lambda a: a[index], stacked)
-        layer = nnx.merge(graphdef, shared, own, whole)
+        # Shared values get Variables of their own, too: tree mode lets no two layers of a list hold the same one.
+        layer = nnx.merge(graphdef, jax.tree.map(lambda a: a, shared), own, whole)
         for _, wrapper in _wrappers(layer):
             wrapper.layers = None
             if vars(wrapper).get("leading"):

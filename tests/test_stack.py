@@ -129,6 +129,9 @@ def test_two_methods_with_different_layers() -> None:
     model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
     ids = jnp.arange(6)[None]
     assert zoo.relative(jpeft.merge(model)(ids), model(ids)) < 1e-5
+    one_by_one = nnx.clone(model)
+    one_by_one.layers = one_by_one.layers.unstack()
+    assert zoo.relative(one_by_one(ids), model(ids)) < 1e-6
 
 
 def test_from_layers_and_back() -> None:
