@@ -19,6 +19,7 @@ and without (`pfeiffer`), when those of the lowest layers are taken away.
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -28,6 +29,7 @@ import numpy as np
 
 import jpeft
 from train import batches, scoring, session
+from train.compare.run import CSV
 from train.data import rows_of
 from train.summary import SUMMARY
 from train.trackers import METRICS, read
@@ -106,6 +108,13 @@ def picture(values: dict[str, np.ndarray], title: str) -> str:
     return "\n".join([*lines, "</svg>\n"])
 
 
+def counted(folder: Path) -> dict[str, list[Path]]:
+    """{label: its runs at the rate that was chosen}, of the methods that did not fail."""
+    with (folder / CSV).open(encoding="utf-8", newline="") as file:
+        rates = {row["label"]: float(row["learning_rate"]) for row in csv.DictReader(file) if row["score"]}
+    return {label: sorted(folder.glob(f"runs/{label}/rate-{rate:g}-seed-*")) for label, rate in rates.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output.folder of a jpeft compare")
@@ -113,33 +122,33 @@ def main() -> None:
     parser.add_argument("--gates", type=Path, nargs="+", default=[], help="runs of UniPELT", metavar="RUN")
     options = parser.parse_args()
     folder = options.folder
+    runs = counted(folder)
+    if not runs:
+        parser.error(f"{folder}: every method failed")
     print("training loss by fifths of the steps")
-    for method in sorted((folder / "runs").iterdir()):
-        print(f"{method.name:16} all seeds  {fifths(sorted(method.iterdir()))}")
-        for run in sorted((folder / "rates" / method.name).glob("*")):
-            print(f"{'':16} {run.name}  {fifths([run])}")
+    for label, mine in sorted(runs.items()):
+        print(f"{label:16} all seeds  {fifths(mine)}")
+        for run in sorted((folder / "rates" / label).glob("*/adapter")):
+            print(f"{'':16} {run.parent.name}  {fifths([run.parent])}")
     seconds = [
-        json.loads((run / SUMMARY).read_text(encoding="utf-8"))["seconds"]
+        json.loads((run.parent / SUMMARY).read_text(encoding="utf-8"))["seconds"]
         for kind in ("runs", "rates")
-        for run in folder.glob(f"{kind}/*/*")
+        for run in folder.glob(f"{kind}/*/*/adapter")
     ]
     largest = {name: max(one[name] for one in seconds) for name in ("between_steps", "input")}
     train = [one["train"] for one in seconds]
     print(f"\n{len(seconds)} runs with steps of {min(train):.0f} to {max(train):.0f} s together; at most ", end="")
     print(f"{largest['between_steps']:.1f} s between them, {largest['input']:.1f} s of it for input")
     print("\nsingular values that AdaLoRA keeps, by layer, if it is among the methods")
-    ranks = averages(
-        [jpeft.adalora_ranks(session.open_run(run).model) for run in sorted(folder.glob("runs/adalora/*"))]
-    )
+    ranks = averages([jpeft.adalora_ranks(session.open_run(run).model) for run in runs.get("adalora", [])])
     if options.picture and ranks:
         text = picture(ranks, "Singular values that AdaLoRA keeps, mean over seeds")
         options.picture.write_text(text, encoding="utf-8")
     print("\nhow far UniPELT's gates are open, by layer, if it is among the methods")
-    averages([gates(run) for run in sorted(folder.glob("runs/unipelt/*"))])
+    averages([gates(run) for run in runs.get("unipelt", [])])
     for label in ("pfeiffer", "adapter-drop"):
-        runs = sorted(folder.glob(f"runs/{label}/*"))
-        if runs:
-            scores = np.array([dropped(run) for run in runs])
+        if label in runs:
+            scores = np.array([dropped(run) for run in runs[label]])
             said = ", ".join(f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in scores.T)
             print(f"\n{label} without the adapters of the lowest 0, 1, 2, 3 layers: {said}")
     for run in options.gates:

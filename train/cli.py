@@ -148,7 +148,8 @@ def compare(
     """Train several methods on the same rows with several seeds and write one table of scores and costs.
 
     The learning rate of each method is chosen from the same few by a part of the training rows. The same command again
-    goes on where it was stopped. Exit codes are those of train; a method that fails is a line of the table.
+    goes on where it was stopped. Exit codes are those of train; a method that fails is a line of the table, and all of
+    them failing is a mistake to mend.
 
     Example: jpeft compare configs/compare/small.yaml
     """
@@ -161,9 +162,7 @@ def compare(
     try:
         from train.compare import run
 
-        for config in configs:
-            if config not in overrides:
-                run.compare(Path(config), overrides)
+        run.compare_all([Path(config) for config in configs if config not in overrides], overrides)
     except Stopped as stop:
         raise typer.Exit(stop.exit_code) from None
     except KeyboardInterrupt:

@@ -30,6 +30,10 @@ BEFORE, AFTER = "before.json", "after.json"
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 PREVIOUS = "previous"
 _LOCK = ".lock"
+# All that a run leaves that is killed as it begins: what is written before its metrics and configuration are there.
+_AT_FIRST = {IDENTITY, f".{IDENTITY}.new", f".{CONFIG}.new"}
+# What a run may go on without: bits may differ then, but what is learnt is the same.
+_SOFT = ("versions", "devices", "processes")
 
 
 @contextmanager
@@ -53,10 +57,53 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunFolder:
-    """The folder of one run."""
+class Folder:
+    """A folder that one process at a time writes, and that knows what its content was made of."""
 
     path: Path
+
+    def identity(self) -> dict[str, str]:
+        """What the content was made of; nothing if that was never written. Raises JpeftError for a damaged file."""
+        path = self.path / IDENTITY
+        if not path.is_file():
+            return {}
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+            return {str(key): str(value) for key, value in read.items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise JpeftError(f"{path}: not what jpeft wrote there ({error}); give another output.folder") from None
+
+    def identify(self, made_of: Mapping[str, str]) -> None:
+        """Writes what the content is made of."""
+        write_whole(self.path / IDENTITY, json.dumps(dict(made_of), indent=2) + "\n")
+
+    def mixed(self, made_of: Mapping[str, str]) -> list[str]:
+        """What, of all that must not be mixed, such as rows and base, `made_of` has otherwise than the content."""
+        before = self.identity()
+        return [key for key in made_of if key in before and key not in _SOFT and before[key] != made_of[key]]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing the same folder; the lock ends with the process, however it ends."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise JpeftError(
+                f"output.folder: another process is writing {self.path}; wait for it, or give another folder"
+            ) from None
+        except OSError as error:
+            raise JpeftError(f"output.folder: {self.path} cannot be written: {error.strerror or error}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class RunFolder(Folder):
+    """The folder of one run."""
 
     @property
     def adapter(self) -> Path:
@@ -90,12 +137,7 @@ class RunFolder:
 
         A run that has neither checkpoint nor result has nothing to lose: it may be replaced by any other.
         """
-        folder = self.path
-        if not folder.exists() or all(_aside(child.name) for child in folder.iterdir()):
-            return
-        if not ((folder / CONFIG).is_file() and (folder / trackers.METRICS).is_file()):
-            raise JpeftError(f"output.folder: {folder} holds other files and no run; give an empty or new folder")
-        changed = self._changed(config)
+        folder, changed = self.path, self.changed(config)
         if changed and not config.output.overwrite:
             listed = "\n".join(f"  {line}" for line in changed)
             kind = "a" if self.finished else "an unfinished"
@@ -104,9 +146,19 @@ class RunFolder:
                 f"give another folder, or output.overwrite=true to move it to {folder / PREVIOUS}"
             )
 
-    def _changed(self, config: Config) -> list[str]:
-        """How `config` differs from that of the run that stands here, if there is work of it."""
-        return configs.difference(configs.load(self.path / CONFIG), config) if self._has_work() else []
+    def changed(self, config: Config) -> list[str]:
+        """How `config` differs from that of the run that stands here, if there is work of it.
+
+        Raises JpeftError if what stands here is no run.
+        """
+        folder = self.path
+        names = {child.name for child in folder.iterdir() if not _aside(child.name)} if folder.is_dir() else set()
+        mine = IDENTITY in names and self.identity().keys() >= set(_SOFT)
+        if not names or (names <= _AT_FIRST and (mine or IDENTITY not in names)):
+            return []
+        if not (mine and (folder / CONFIG).is_file()):
+            raise JpeftError(f"output.folder: {folder} holds other files and no run; give an empty or new folder")
+        return configs.difference(configs.load(folder / CONFIG), config) if self._has_work() else []
 
     def _has_work(self) -> bool:
         return self.finished or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
@@ -119,8 +171,7 @@ class RunFolder:
         and the one that began the run, in words; bits may differ then. Raises JpeftError if the run that stands here
         was made of other rows or another base.
         """
-        overwrite, before = config.output.overwrite, self._made_of()
-        hard = [key for key in ("training rows", "held-out rows", "base model") if before.get(key) != made_of[key]]
+        overwrite, before, hard = config.output.overwrite, self.identity(), self.mixed(made_of)
         if self._has_work() and hard and not overwrite:
             raise JpeftError(
                 f"output.folder: {self.path} holds a run that began with other {', '.join(hard)} than the "
@@ -129,27 +180,18 @@ class RunFolder:
             )
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            if overwrite and self._has_work() and (self.finished or hard or self._changed(config)):
+            if overwrite and self._has_work() and (self.finished or hard or self.changed(config)):
                 self._move_aside()
             goes_on = self._has_work()
             if not goes_on:
                 for name in (BEFORE, AFTER):
                     (self.path / name).unlink(missing_ok=True)
-                write_whole(self.path / IDENTITY, json.dumps(dict(made_of), indent=2) + "\n")
-                (self.path / trackers.METRICS).write_text("", encoding="utf-8")
+                self.identify(made_of)
             write_whole(self.path / CONFIG, configs.dumps(config))
+            if not goes_on:
+                (self.path / trackers.METRICS).write_text("", encoding="utf-8")
         soft = [key for key in made_of if goes_on and before.get(key) != made_of[key]]
         return [f"{key} was {before.get(key)}, is {made_of[key]}" for key in soft]
-
-    def _made_of(self) -> dict[str, str]:
-        path = self.path / IDENTITY
-        if not path.is_file():
-            return {}
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-            return {str(key): str(value) for key, value in read.items()}
-        except (OSError, ValueError, AttributeError) as error:
-            raise JpeftError(f"{path}: not what jpeft wrote there ({error}); give another output.folder") from None
 
     def _move_aside(self) -> None:
         mine = [child for child in self.path.iterdir() if not _aside(child.name)]
@@ -159,25 +201,6 @@ class RunFolder:
         previous.mkdir()
         for child in mine:
             child.rename(previous / child.name)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing the same run; the lock ends with the process, however it ends."""
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise JpeftError(
-                f"output.folder: another process is writing {self.path}; wait for it, or give another folder"
-            ) from None
-        except OSError as error:
-            raise JpeftError(f"output.folder: {self.path} cannot be written: {error.strerror or error}") from None
-        try:
-            yield
-        finally:
-            lock.release()
 
 
 def _aside(name: str) -> bool:

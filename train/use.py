@@ -60,16 +60,23 @@ def merge(folder: Path, target: Path) -> Iterator[str]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise JpeftError(f"{target}: exists and is not an empty folder; give a new one")
     run = open_run(folder)
-    rounding = jpeft.models.save_merged(run.model, target, dequantize=True)
-    path = target / "config.json"
+    # Beside it until it is whole: a model without its tokenizer would look like one that is.
+    new = target.absolute().with_name(f".{target.absolute().name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    rounding = jpeft.models.save_merged(run.model, new, dequantize=True)
+    path = new / "config.json"
     written = {**json.loads(path.read_text(encoding="utf-8")), **run.task.saved_config}
     path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    run.reader.tokenizer.save_pretrained(target)
+    run.reader.tokenizer.save_pretrained(new)
     source = packages.resolve(run.config.model.source)
     if not source.endswith(".gguf"):
         settings = local_folder(source) / "generation_config.json"
         if settings.is_file():  # how transformers is to write with it
-            shutil.copyfile(settings, target / settings.name)
+            shutil.copyfile(settings, new / settings.name)
+    target.mkdir(exist_ok=True)
+    for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
+        file.rename(target / file.name)
+    new.rmdir()
     yield f"merged into {target}; load it with jpeft.models.load({str(target)!r}) or with transformers"
     if rounding.tensor is not None:
         yield (

@@ -26,10 +26,11 @@ from train.compare.config import load
 from train.compare.measure import Costs
 from train.compare.page import plots
 from train.compare.pareto import Point, front, plot
-from train.compare.run import _notes, compare
+from train.compare.run import _identified, _notes, compare, compare_all
 from train.compare.table import Entry
 from train.compare.trials import Trial
 from train.display import Display
+from train.folder import Folder
 from train.materials import Materials
 from train.plan import Plan
 from train.run import adapted
@@ -115,8 +116,47 @@ def test_a_comparison(
         assert entry.label == row["label"]
         assert entry.scores == [float(row[f"score_seed_{seed}"]) for seed in (0, 1) if row[f"score_seed_{seed}"]]
 
-    with pytest.raises(JpeftError, match=r"another configuration:\n  training\.batch_size: 8 -> 4"):
+    with pytest.raises(JpeftError, match=r"another configuration:\n  training\.batch_size: 8 -> 4\n.*delete runs/lora"):
         compare(path, [given, "training.batch_size=4"], quiet())
+
+    # One table never mixes rows, also where every run of the old ones is finished.
+    with Folder(folder).locked(), pytest.raises(JpeftError, match="another process is writing"):
+        compare(path, [given], quiet())
+    kept = (folder / "table.md").read_text()
+    more = METHODS.replace("nowhere", "another")
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:50]))
+    with pytest.raises(JpeftError, match="holds runs that began with other training rows, held-out rows than"):
+        compare(path, [f"methods={more}"], quiet())
+    assert (folder / "table.md").read_text() == kept
+
+
+def test_what_chooses_is_not_changed_midway(tmp_path: Path, bert: Path, rows: Path, config_file: Any) -> None:
+    path = config_file(text(bert, rows, tmp_path, "{a: {name: bitfit}}").replace("[1e-2]", "[1e-3, 1e-2]"))
+    comparison = load(path, ["validation_size=10"])
+    materials = Materials(comparison.base)
+    assert _identified(comparison, materials) == ""
+    assert _identified(load(path, ["validation_size=11"]), materials) == ""  # there is no run yet
+    (tmp_path / "rates" / "a" / "rate-0.01-seed-0").mkdir(parents=True)
+    with pytest.raises(JpeftError, match="began with other validation_size"):
+        _identified(comparison, materials)
+    identity = Folder(tmp_path).identity()
+    Folder(tmp_path).identify({**identity, "versions": "of yesterday"})
+    assert _identified(load(path, ["validation_size=11"]), materials) == "of yesterday"
+
+
+def test_files_that_share_a_folder_and_methods_that_all_fail(
+    bert: Path, rows: Path, tmp_path: Path, config_file: Callable[..., Path]
+) -> None:
+    given = text(bert, rows, tmp_path / "out", "{nowhere: {name: lora, targets: [nothing]}}")
+    path = config_file(given, "one.yaml")
+    with pytest.raises(JpeftError, match=r"two\.yaml: output\.folder .*out is that of .*one\.yaml"):
+        compare_all([path, config_file(given, "two.yaml")])
+    with pytest.raises(JpeftError, match="unknown key"):
+        compare_all([path, config_file(f"{given}sedes: [0]\n", "two.yaml")])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(JpeftError, match=r"every method failed; the first: .*nothing"):
+        compare_all([path])
+    assert "nowhere failed: " in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_rates_are_chosen_by_training_rows(
@@ -202,6 +242,10 @@ def test_faults_come_in_one_message(tmp_path: Path, config_file: Callable[..., P
         "methods={}": "methods: a mapping is not a mapping of methods",
         "forgetting={source: a, text: b}": "forgetting: is for causal-lm",
         "validation_size=1.5": "validation_size: 1.5 is neither",
+        "learning_rates=[0.0123456, 0.01234561]": "learning_rates: a value is given twice (six digits count)",
+        "evaluation.best=accuracy": "evaluation.best: the held-out rows would choose",
+        f"methods={{{'a' * 65}: {{name: bitfit}}}}": "a label has letters",
+        "methods={a: {name: lora, init: loftq}}": "methods.a: init=loftq makes up for what quantisation loses",
         "seeds=[]": "seeds: ",
     }.items():
         with pytest.raises(JpeftError, match=re.escape(said)):
@@ -264,14 +308,13 @@ def test_forgetting_of_a_language_model(
 ) -> None:
     texts = jsonl([{"text": f"the {word} is one two"} for word in ("red", "green", "blue", "four") * 6], "texts.jsonl")
     other = jsonl([{"body": body} for body in ("who is three what", "one")], "other.jsonl")
-    comparison = load(
-        config_file(
-            f"model: {{source: {llama}}}\nmethods: {{prompt: {{name: prompt_tuning, num_virtual_tokens: 2}}}}\n"
-            f"data: {{source: {texts}, text: text, test_size: 4, max_length: 16}}\n"
-            "seeds: [3]\nlearning_rates: [0.1]\n"
-            f"forgetting: {{source: {other}, text: body}}\noutput: {{folder: {tmp_path / 'out'}}}\n"
-        )
+    path = config_file(
+        f"model: {{source: {llama}}}\nmethods: {{prompt: {{name: prompt_tuning, num_virtual_tokens: 2}}}}\n"
+        f"data: {{source: {texts}, text: text, test_size: 4, max_length: 16}}\n"
+        "seeds: [3]\nlearning_rates: [0.1]\n"
+        f"forgetting: {{source: {other}, text: body}}\noutput: {{folder: {tmp_path / 'out'}}}\n"
     )
+    comparison = load(path)
     materials = Materials(comparison.base)
     config = comparison.run("prompt", 0.1, 3)
     folder = Path(config.output.folder)
@@ -279,7 +322,11 @@ def test_forgetting_of_a_language_model(
     monkeypatch.setattr(measure, "_step", lambda *_: (0.1, None))
     monkeypatch.setattr(measure, "_in_turns", lambda calls: [1.0, 2.0])
     trial = Trial("prompt", 0.1, 3, folder, {"loss": 2.0}, {"loss": 0.5})
-    costs = measure.measured(comparison, [trial], materials)
+    with pytest.raises(JpeftError, match=r"no column 'bodyy' \(nearest: body\)"):
+        compare(path, ["forgetting.text=bodyy"], quiet())
+    assert comparison.forgetting is not None
+    text = measure.OtherText.read(comparison.forgetting)
+    costs = measure.measured(comparison, [trial], materials, text)
     assert costs.perplexity is not None
     lost, count = 0.0, 0
     model, reader = materials.base.model(3), materials.reader(materials.base.model(3))
@@ -291,7 +338,10 @@ def test_forgetting_of_a_language_model(
     assert costs.perplexity[0] == pytest.approx(np.exp(lost / count), rel=1e-4)
     assert costs.perplexity[1] != pytest.approx(costs.perplexity[0], rel=1e-4)
     assert (costs.call_ratio, costs.merged) == (2.0, False)
-    assert measure.measured(comparison, [trial], materials) == costs  # as it was written
+    monkeypatch.setattr(measure, "_in_turns", lambda calls: [1.0, 3.0])
+    assert measure.measured(comparison, [trial], materials, text) == costs  # as it was written
+    other.write_text(other.read_text().replace("three", "four"))
+    assert measure.measured(comparison, [trial], materials, measure.OtherText.read(text.settings)).call_ratio == 3.0
 
     entry = Entry("prompt", "prompt_tuning", 0.1, [trial], costs)
     assert table.columns([entry])[1::8] == ["loss", "other text"]
@@ -299,6 +349,10 @@ def test_forgetting_of_a_language_model(
     shown = table.cells(entry, [entry])
     assert shown[1] == "0.5"  # one seed has no spread
     assert " → " in shown[-1]
+    unmeasured = dataclasses.replace(entry, costs=None, unmeasured="a reason")
+    assert table.cells(unmeasured, [unmeasured])[1] == "0.5"  # its scores stay
+    assert "The costs of prompt could not be measured: a reason" in table.markdown([unmeasured], [], [])
+    assert "a reason" in table.separated([unmeasured])
     slow = dataclasses.replace(costs, step_seconds=1.1712, call_seconds=0.03021)
     assert {"1,170 ms", "30.2 ms"} <= set(table.cells(dataclasses.replace(entry, costs=slow), [entry]))
 

@@ -23,6 +23,7 @@ from train import config as configs
 from train import methods, scoring, session, use
 from train.cli import app
 from train.display import Display
+from train.folder import IDENTITY, RunFolder
 from train.run import train
 
 COLOURS = ("red", "green", "blue")
@@ -422,6 +423,27 @@ def test_a_result_that_is_not_finite_is_not_saved(
     with pytest.raises(JpeftError, match="not finite any more, so the adapter was not"):
         train(path, overrides, quiet())
     assert not (folder / session.ADAPTER).exists()
+
+
+def test_a_folder_of_a_run_that_was_killed_as_it_began(
+    tmp_path: Path, bert: Path, rows: Path, config_file: Any
+) -> None:
+    config = configs.load(config_file(classifier(bert, rows, tmp_path / "run")))
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    made_of = dict.fromkeys(("training rows", "held-out rows", "base model", "versions", "devices", "processes"), "x")
+    for name in (f".{IDENTITY}.new", IDENTITY, f".{session.CONFIG}.new", session.CONFIG):
+        if name == IDENTITY:
+            folder.identify(made_of)
+        elif name == session.CONFIG:
+            (folder.path / name).write_text(configs.dumps(config))
+        else:
+            (folder.path / name).write_text('{"hal')
+        folder.check_config(config)  # as every step of a beginning leaves it
+    (folder.path / session.CONFIG).unlink()
+    (folder.path / IDENTITY).write_text('{"name": "somebody"}')
+    with pytest.raises(JpeftError, match="holds other files and no run"):
+        folder.check_config(config)
 
 
 @pytest.mark.parametrize("overwrite", ["true", "false"])

@@ -14,12 +14,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from train import config as configs
+from train import starts
 from train import strict_yaml as sy
 from train.schema import Config, Positive, Section
 from train.strict_yaml import Fault, Faults, Node
 from train.tasks import task_of
 
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 
 
 class Grid(Section):
@@ -102,10 +103,10 @@ def _build(root: Node, faults: Faults) -> Comparison | None:
     made = {label: configs.build_method(node, f"methods.{label}", faults) for label, node in methods.items()}
     if base is None or grid is None or faults:
         return None
-    for name in ("seeds", "learning_rates"):
-        values = getattr(grid, name)
+    rates = [f"{rate:g}" for rate in grid.learning_rates]  # as folders are named
+    for name, values, said in (("seeds", grid.seeds, ""), ("learning_rates", rates, " (six digits count)")):
         if len(set(values)) < len(values):
-            faults.append(Fault(root.value[name].where, name, "a value is given twice"))
+            faults.append(Fault(root.value[name].where, name, f"a value is given twice{said}"))
     size = grid.validation_size
     if size >= 1 and not float(size).is_integer():
         where = root.value["validation_size"].where
@@ -113,6 +114,9 @@ def _build(root: Node, faults: Faults) -> Comparison | None:
     head = task_of(base.data, base.model.task).head
     if other is not None and head != "causal-lm":
         faults.append(Fault(other.where, "forgetting", f"is for causal-lm, whose perplexity it is; this is {head}"))
+    for label, method in made.items():
+        wrong = starts.faults(base.model_copy(update={"method": method}))
+        faults += [Fault(methods[label].where, f"methods.{label}", fault) for fault in wrong]
     return Comparison(base, made, grid, forgetting)
 
 
@@ -124,9 +128,8 @@ def _methods(node: Node | None, root: Node, faults: Faults) -> dict[str, Node]:
         return {}
     for label, child in node.value.items():
         if not _LABEL.fullmatch(label):
-            faults.append(
-                Fault(child.where, f"methods.{label}", "a label has letters, digits, _ . + and -, as a folder's name")
-            )
+            said = "a label has letters, digits, _ . + and -, as a folder's name, and at most 64 of them"
+            faults.append(Fault(child.where, f"methods.{label}", said))
     return node.value
 
 
@@ -136,6 +139,7 @@ def _set_by_the_grid(children: Mapping[str, Node], faults: Faults) -> None:
         ("training", "learning_rate"): "learning_rates sets it, the same choice for every method",
         ("training", "seed"): "seeds sets it",
         ("data", "streaming"): "the rows of a comparison are read once for all its runs; leave it out",
+        ("evaluation", "best"): "the held-out rows would choose the adapters that they score; leave it out",
         ("output", "overwrite"): "a comparison goes on with what is finished; give another output.folder",
     }
     for (section, key), message in instead.items():

@@ -7,6 +7,8 @@ are taken in turns with the base's, so their ratio is less troubled by it.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import statistics
@@ -21,15 +23,18 @@ from jax.sharding import Mesh
 
 import jpeft
 from train import batches, placing, session, sources, summary
+from train import config as configs
 from train.compare.config import Comparison, Forgetting
 from train.compare.trials import Trial
 from train.data import TaskData
 from train.evaluate import Evaluator
+from train.examples import Reader
+from train.files import Rows
 from train.folder import ADAPTER, write_whole, writing
 from train.materials import Materials
 from train.plan import Plan
 from train.run import adapted
-from train.schema import DataConfig, EvaluationConfig
+from train.schema import Config, DataConfig, EvaluationConfig
 from train.step import make_scorer, make_step
 from train.tasks import task_of
 
@@ -55,20 +60,54 @@ class Costs:
     perplexity: tuple[float, float] | None = None
 
 
-def measured(comparison: Comparison, trials: Sequence[Trial], materials: Materials) -> Costs:
+@dataclasses.dataclass(frozen=True)
+class OtherText:
+    """The rows by which forgetting is measured, and what the file of the comparison says of them."""
+
+    rows: Rows
+    settings: Forgetting
+
+    @classmethod
+    def read(cls, settings: Forgetting) -> OtherText:
+        """Reads the rows. Raises JpeftError if there are none, or no such column."""
+        rows = sources.read(settings.source)
+        rows.require([settings.text])
+        return cls(rows.select(range(min(settings.limit, len(rows)))), settings)
+
+    def identity(self) -> str:
+        """A hash of the texts and of how they are read."""
+        told = [self.settings.max_length, *self.rows.dataset[self.settings.text]]
+        return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
+
+    def task(self, limit: int, materials: Materials) -> tuple[TaskData, Reader]:
+        """The texts as rows of at most `limit` tokens, and what read them."""
+        settings, reader = self.settings, Reader(materials.base.tokenizer(), limit)
+        data = DataConfig(source=settings.source, text=settings.text, max_length=settings.max_length)  # type: ignore[call-arg]
+        kind = task_of(data, "causal-lm")
+        return TaskData(kind, [], kind.examples(self.rows, reader), self.rows, self.rows, {}), reader
+
+
+def measured(
+    comparison: Comparison, trials: Sequence[Trial], materials: Materials, other: OtherText | None = None
+) -> Costs:
     """The costs of one method with the runs `trials`; those that were measured before are read.
 
-    Timed once, with the last seed; its adapter is on disk.
+    Timed once, with the last seed; its adapter is on disk. other: text whose perplexity says what is forgotten.
     """
-    path = comparison.folder / "measured" / f"{trials[-1].label}.json"
-    other = comparison.forgetting.model_dump() if comparison.forgetting else None
-    made_of = {"runs": [trial.folder.name for trial in trials], "forgetting": other, **summary.machine()}
+    path, last = comparison.folder / "measured" / f"{trials[-1].label}.json", trials[-1]
+    config = comparison.run(last.label, last.rate, last.seed).model_copy(update={"data": materials.data})
+    made_of = {
+        "runs": [trial.folder.name for trial in trials],
+        "configuration": configs.dumps(config),
+        "other text": None if other is None else other.identity(),
+        **summary.machine(),
+    }
     found = _read(path)
     if found.get("of") == made_of:
         values = found["costs"]
         pair = values["perplexity"]
         return Costs(**{**values, "perplexity": tuple(pair) if pair else None})
-    costs = _measure(comparison, trials, materials)
+    costs = _measure(config, trials, materials, other)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({"of": made_of, "costs": dataclasses.asdict(costs)}, indent=2) + "\n")
@@ -83,9 +122,8 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _measure(comparison: Comparison, trials: Sequence[Trial], materials: Materials) -> Costs:
+def _measure(config: Config, trials: Sequence[Trial], materials: Materials, other: OtherText | None) -> Costs:
     last = trials[-1]
-    config = comparison.run(last.label, last.rate, last.seed).model_copy(update={"data": materials.data})
     begun = adapted(config, materials)
     task = materials.examples(begun)
     plan = Plan(config, begun, task)
@@ -101,9 +139,13 @@ def _measure(comparison: Comparison, trials: Sequence[Trial], materials: Materia
     batch = placing.put(batches.Batches(task.kind, task.train)(window, size), mesh)
     base_seconds, call_seconds = _in_turns([_call(model, task, batch) for model in (base, ready)])
     perplexity = None
-    if comparison.forgetting is not None:
-        after = [_perplexity(jpeft.load_adapter(one.folder / ADAPTER, base), comparison, materials) for one in trials]
-        perplexity = _perplexity(base, comparison, materials), statistics.mean(after)
+    if other is not None:
+        # The base reads the same windows of text, although a prompt leaves an adapted model less room.
+        limit = min(other.settings.max_length, session.context(trained) or other.settings.max_length)
+        task, reader = other.task(limit, materials)
+        score = functools.partial(_perplexity, config, task, reader, materials.base.mesh)
+        after = [score(jpeft.load_adapter(one.folder / ADAPTER, base)) for one in trials]
+        perplexity = score(base), statistics.mean(after)
     return Costs(
         trainable=jpeft.describe(begun).trainable,
         file_bytes=sum(file.stat().st_size for file in (last.folder / ADAPTER).rglob("*") if file.is_file()),
@@ -155,24 +197,11 @@ def _in_turns(calls: Sequence[Callable[[], Any]]) -> list[float]:
     return [statistics.median(seconds[1:]) for seconds in took]
 
 
-def _perplexity(model: Any, comparison: Comparison, materials: Materials) -> float:
-    """The perplexity of the other text."""
-    settings = comparison.forgetting
-    assert settings is not None
-    task, reader = _other_text(settings, model, materials)
+def _perplexity(config: Config, task: TaskData, reader: Reader, mesh: Mesh | None, model: Any) -> float:
+    """The perplexity of other text."""
     graphdef, adapter, buffers, frozen = jpeft.partition(model)
     edges = batches.edges([len(example) for example in task.test])
-    size = comparison.base.evaluation.batch_size or 4 * comparison.base.training.batch_size
+    size = config.evaluation.batch_size or 4 * config.training.batch_size
     evaluation = EvaluationConfig(metrics=["perplexity"], answers="none")  # type: ignore[call-arg]
-    score = Evaluator((graphdef, buffers, frozen), task, reader, evaluation, edges, size, materials.base.mesh)(adapter)
+    score = Evaluator((graphdef, buffers, frozen), task, reader, evaluation, edges, size, mesh)(adapter)
     return score.metrics.get("perplexity", math.nan)
-
-
-def _other_text(settings: Forgetting, model: Any, materials: Materials) -> tuple[TaskData, Any]:
-    data = DataConfig(source=settings.source, text=settings.text, max_length=settings.max_length)  # type: ignore[call-arg]
-    kind, rows = task_of(data, "causal-lm"), sources.read(settings.source)
-    rows.require([settings.text])
-    rows = rows.select(range(min(settings.limit, len(rows))))
-    limit = min(settings.max_length, session.context(model) or settings.max_length)
-    reader = type(materials.reader(model))(materials.base.tokenizer(), limit)
-    return TaskData(kind, [], kind.examples(rows, reader), rows, rows, {}), reader

@@ -22,7 +22,7 @@ class Entry:
     """One method: its settings in words, the runs that count, its costs, and why it failed if it did.
 
     rate: the one that was chosen. A method with a run that failed has failed: the mean of the others would be a choice
-    of seeds.
+    of seeds. unmeasured: why there are no costs of a method that has scores.
     """
 
     label: str
@@ -31,6 +31,7 @@ class Entry:
     trials: Sequence[Trial]
     costs: Costs | None
     message: str | None = None
+    unmeasured: str | None = None
 
     @property
     def scores(self) -> list[float]:
@@ -100,15 +101,17 @@ def _milliseconds(seconds: float) -> str:
     return f"{float(f'{1000 * seconds:.3g}'):,g} ms"
 
 
-def failures(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """(label, message) of each method that failed."""
-    return [(entry.label, entry.message) for entry in entries if entry.message]
+def failures(entries: Sequence[Entry]) -> list[str]:
+    """A sentence for each method of which something failed."""
+    failed = [f"{entry.label} failed: {entry.message}" for entry in entries if entry.message]
+    lacking = [entry for entry in entries if entry.unmeasured]
+    return failed + [f"The costs of {entry.label} could not be measured: {entry.unmeasured}" for entry in lacking]
 
 
 def markdown(entries: Sequence[Entry], tried: Sequence[Trial], notes: Sequence[str]) -> str:
     """table.md: the table, what failed and why, all scores that chose a rate, and how it all was made."""
     parts = [_grid(columns(entries), [cells(entry, entries) for entry in entries])]
-    parts += [f"{label} failed: {message}" for label, message in failures(entries)]
+    parts += failures(entries)
     if tried:
         parts += ["Scores on the validation rows, by which the rates were chosen:", _grid(*rates(tried))]
     return "\n\n".join([*parts, *notes]) + "\n"
@@ -152,6 +155,6 @@ def separated(entries: Sequence[Entry]) -> str:
             + [by_seed.get(seed, "") for seed in seeds]
             + ["" if entry.rate is None else entry.rate]
             + [costs.get(name, "") for name in fields]
-            + [*pair, entry.message or ""]
+            + [*pair, entry.message or entry.unmeasured or ""]
         )
     return file.getvalue()

@@ -51,7 +51,14 @@ def check(comparison: Comparison, materials: Materials) -> None:
                 for searching in (True, False):
                     config = comparison.run(label, rate, seed, searching=searching)
                     config = config.model_copy(update={"data": materials.data})
-                    RunFolder(Path(config.output.folder)).check_config(config)
+                    changed = RunFolder(Path(config.output.folder)).changed(config)
+                    if changed:
+                        listed = "\n".join(f"  {line}" for line in changed)
+                        raise JpeftError(
+                            f"output.folder: {config.output.folder} holds a run of another configuration:\n{listed}\n"
+                            f"give another output.folder, or another label than {label}; or delete runs/{label} and "
+                            f"rates/{label} in {comparison.folder}, if what is there is not wanted any more"
+                        )
 
 
 def searched(comparison: Comparison, materials: Materials, display: Display) -> list[Trial]:
