@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jpeft import kv_cache, surgery
 from jpeft.baking import bake
 from jpeft.errors import JpeftError
-from jpeft.partition import GraphDef, combine, partition
+from jpeft.partition import GraphDef, check_ids, combine, partition, tasks_of
 from jpeft.sampling import Sampling, next_tokens
 from jpeft.stack import Stack
 from jpeft.virtual_tokens import inserted_before_decoding, places_taken, prompt_of
@@ -100,6 +100,8 @@ def generate(
     }
     graphdef, *arrays = partition(model)
     rows = None if adapter_ids is None else np.asarray(adapter_ids)
+    if rows is not None:
+        check_ids(rows, tasks_of(model))
     made, steps = _generate(graphdef, tuple(arrays), rows, *padded, drawing, plan)
     if not made.is_fully_addressable and isinstance(made.sharding, NamedSharding):  # each process has some rows
         made = jax.jit(lambda x: x, out_shardings=NamedSharding(made.sharding.mesh, PartitionSpec()))(made)

@@ -16,7 +16,7 @@ from jpeft import kinds, paths, surgery
 from jpeft.errors import JpeftError
 from jpeft.methods.method import METHODS_ATTRIBUTE
 from jpeft.variables import Frozen, Trainable, retype, unfreeze
-from jpeft.wrapper import NotMergeable, Wrapper
+from jpeft.wrapper import NotMergeable, Wrapper, chain
 
 _Packed: TypeAlias = tuple[str, kinds.Packed | None, Any]  # where, what it was, what was made of it
 
@@ -40,7 +40,7 @@ def merge(model: nnx.Module, *, dequantize: bool = False, requantize: bool = Fal
     if dequantize and requantize:
         raise JpeftError("merge: choose dequantize=True or requantize=True, not both")
     copy = nnx.clone(model)
-    places = {id(wrapper): node.name for node in paths.nodes(copy) for wrapper in _chain(node.module)}
+    places = {id(wrapper): node.name for node in paths.nodes(copy) for wrapper in chain(node.module)}
     problems: list[str] = []
     checks: list[tuple[str, jax.Array]] = []
     quantized: dict[int, _Packed] = {}  # by identity of what was made of it, kept beside it
@@ -115,14 +115,6 @@ def _requantized(model: Any, quantized: dict[int, _Packed]) -> Any:
             stacklevel=3,
         )
     return made
-
-
-def _chain(module: Any) -> list[Wrapper]:
-    found = []
-    while isinstance(module, Wrapper):
-        found.append(module)
-        module = module.base
-    return found
 
 
 def _plain(model: Any) -> Any:

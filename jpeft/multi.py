@@ -50,7 +50,7 @@ def multi(model: nnx.Module, tasks: Sequence[Task]) -> Any:
         shared = variable.get_metadata().get("shared", False)
         stacked.set_value(jnp.stack(joined[key], axis=0 if shared else owner.leading))
         setattr(owner, str(path[-1]), stacked)
-        owner.adapter_ids = AdapterIds(jnp.zeros((), jnp.int32), shared=True)
+        owner.adapter_ids = AdapterIds(jnp.zeros((), jnp.int32), shared=True, tasks=len(tasks))
     if unfit:
         raise JpeftError(f"multi: {unfit} cannot differ from row to row; evaluate these tasks one by one")
     return served

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jpeft import paths, surgery
@@ -114,21 +115,35 @@ def combine(
     leaves: list[tuple[Path, Any]] = [(path, given[key]) for key, path in graphdef.slots]
     blank = jax.random.key(0)
     leaves += [(path, jnp.broadcast_to(blank, shape)) for path, shape in graphdef.dropout]
-    leaves += [(path, _checked_ids(adapter_ids)) for path in graphdef.ids]
+    if graphdef.ids and adapter_ids is None:
+        raise JpeftError("combine: the model holds several adapters; pass adapter_ids=, one number per row")
     if adapter_ids is not None and not graphdef.ids:
         raise JpeftError("combine: adapter_ids are given, but the model holds one adapter; see jpeft.multi")
+    leaves += [(path, jnp.asarray(adapter_ids)) for path in graphdef.ids]
     model = nnx.merge(graphdef.nnx, nnx.from_flat_state(leaves))
+    if adapter_ids is not None:
+        check_ids(adapter_ids, tasks_of(model))
     _set_dropout(model, dropout)
     return model
 
 
-def _checked_ids(ids: Any) -> jax.Array:
-    if ids is None:
-        raise JpeftError("combine: the model holds several adapters; pass adapter_ids=, one number per row")
-    ids = jnp.asarray(ids)
+def check_ids(ids: Any, tasks: int) -> None:
+    """Raises JpeftError if `ids` are not the numbers of tasks, one per row. Of traced ones the values are not known."""
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise JpeftError(f"combine: adapter_ids must be whole numbers [batch], found {ids.dtype}{list(ids.shape)}")
-    return ids
+        raise JpeftError(f"adapter_ids must be whole numbers [batch], found {ids.dtype}{list(ids.shape)}")
+    if isinstance(ids, np.ndarray) or (not isinstance(ids, jax.core.Tracer) and ids.is_fully_addressable):
+        strange = sorted({int(task) for task in np.asarray(ids) if not -1 <= task < tasks})
+        if strange:
+            raise JpeftError(
+                f"adapter_ids: there is no task {strange[0]}; they are 0 to {tasks - 1}, and -1 is the base alone"
+            )
+
+
+def tasks_of(model: nnx.Module) -> int:
+    """How many tasks a model of `jpeft.multi` holds; 0 for any other model."""
+    found = (module.adapter_ids for _, module in surgery.modules(model) if isinstance(module, Wrapper))
+    return next((int(ids.get_metadata("tasks")) for ids in found if ids is not None), 0)
 
 
 def _refuse_keys(known: Mapping[str, Path], *parts: Mapping[str, Any]) -> None:

@@ -8,8 +8,10 @@ from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from jpeft.errors import JpeftError
 from jpeft.variables import AdapterIds
 
 
@@ -54,6 +56,9 @@ class Wrapper(nnx.Module):
     # Whether variables of several tasks may be stacked on an axis behind the layer axis, one chosen per row (`multi`).
     takes_many: ClassVar[bool] = False
 
+    # Whether it keeps what it made of the weight under it when it was put there, so that this must not train.
+    keeps_weight: ClassVar[bool] = False
+
     # Whether a layer may go without: `jpeft.drop_adapters` takes it away, where others are part of what was trained.
     droppable: ClassVar[bool] = False
 
@@ -89,6 +94,14 @@ class Wrapper(nnx.Module):
             seen["/".join(part for part in (self.place[0], *layer, self.place[1], name) if part)] = value
         return value
 
+    def tasks_of(self, batch: jax.Array) -> jax.Array:
+        """`adapter_ids` [B], the task of each row of `batch` [B, ...], -1 for none. Only with several tasks."""
+        assert self.adapter_ids is not None
+        ids: jax.Array = self.adapter_ids[...]
+        if ids.shape != batch.shape[:1]:
+            raise JpeftError(f"adapter_ids: expected one per row, {list(batch.shape[:1])}, found {list(ids.shape)}")
+        return ids
+
     def variable_axes(self) -> Mapping[str, tuple[str | None, ...]]:
         """What the trailing axes of its variables run along, by variable; for a mesh (`jpeft.shard`).
 
@@ -118,11 +131,29 @@ class NotMergeable(Exception):
     """Why one wrapper cannot be folded into its base; `jpeft.merge` collects these into one JpeftError."""
 
 
+def of_tasks(values: jax.Array, ids: jax.Array) -> jax.Array:
+    """The rows of `values` [tasks, ...] for the tasks `ids` of a batch: [B, ...].
+
+    Those of task 0 for -1, where the caller puts the base; not a number for a task that there is not, whose row must
+    not be answered with the adapter of another.
+    """
+    return values.at[jnp.maximum(ids, 0)].get(mode="fill", fill_value=jnp.nan)
+
+
 def at(module: Any, name: str) -> Any:
     """The wrapper called `name` around a module, which has one."""
     while module.name != name:
         module = module.base
     return module
+
+
+def chain(module: Any) -> list[Wrapper]:
+    """The wrappers around a module, from the outermost inwards."""
+    found = []
+    while isinstance(module, Wrapper):
+        found.append(module)
+        module = module.base
+    return found
 
 
 def innermost(module: Any) -> Any:

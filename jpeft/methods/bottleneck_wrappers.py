@@ -16,9 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jpeft.dropout import Dropout, LayerDropout
-from jpeft.errors import JpeftError
 from jpeft.variables import AdapterBuffer, Trainable
-from jpeft.wrapper import NotMergeable, Wrapper
+from jpeft.wrapper import NotMergeable, Wrapper, of_tasks
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -66,11 +65,9 @@ class RowWise(Wrapper):
         values = {name: vars(self)[name][...] for name in self.own}
         if self.adapter_ids is None:
             return function(values, *arrays)
-        ids, rows = self.adapter_ids[...], arrays[0].shape[:1]
-        if ids.shape != rows:
-            raise JpeftError(f"adapter_ids: expected one per row, {list(rows)}, found {list(ids.shape)}")
+        ids = self.tasks_of(arrays[0])
         # Gathered here, inside the scan over layers: the base's products stay products over the whole batch.
-        chosen = {name: value[jnp.maximum(ids, 0)] for name, value in values.items()}
+        chosen = {name: of_tasks(value, ids) for name, value in values.items()}
         if self.off is not None:
             scale = chosen[self.off]
             chosen[self.off] = jnp.where((ids < 0).reshape(-1, *(1,) * (scale.ndim - 1)), 0, scale)

@@ -32,6 +32,7 @@ class DoRAWrapper(LoRAWrapper):
     """
 
     takes_many = False
+    keeps_weight = True
 
     def __init__(self, base: Any, **settings: Any):
         super().__init__(base, **settings)
@@ -78,7 +79,7 @@ class DoRAWrapper(LoRAWrapper):
     def _together(self, y: Array, plain: Array | None, update: Array) -> Array:
         """y, the base's output, with `update` and the gain; plain: the base's output of the input under dropout."""
         gain = self.column_gain().astype(y.dtype)
-        bias = getattr(innermost(self.base), "bias", None)
+        bias = getattr(self.base, "bias", None)  # that of BitFit, if it trains one
         shift = 0 if bias is None else bias[...].astype(y.dtype)
         if plain is None:  # one product with the gain, so that one array of the output's size is kept for its gradient
             return gain * (y - shift + update) + shift

@@ -25,7 +25,7 @@ from jpeft.methods.targeted import Targeted, exact_names, lead_of, replaced
 from jpeft.paths import Node
 from jpeft.targets import Layers, entries, role
 from jpeft.variables import Trainable
-from jpeft.wrapper import NotMergeable, Wrapper, innermost
+from jpeft.wrapper import NotMergeable, Wrapper, innermost, of_tasks
 
 
 class Rescaled(Wrapper):
@@ -52,11 +52,10 @@ class Rescaled(Wrapper):
         scale = self.l[...].astype(x.dtype)
         if self.adapter_ids is None:
             return x * scale
-        ids = self.adapter_ids[...]
-        own = scale.ndim - 1
-        if ids.shape != x.shape[:1] or x.ndim == own:
-            raise JpeftError(f"adapter_ids: expected one per row, {list(x.shape[:1])}, found {list(ids.shape)}")
-        rows = jnp.where((ids < 0).reshape(-1, *(1,) * own), 1, scale[jnp.maximum(ids, 0)])
+        ids, own = self.tasks_of(x), scale.ndim - 1
+        if x.ndim == own:
+            raise JpeftError(f"adapter_ids: an input {list(x.shape)} has no axis for a batch")
+        rows = jnp.where((ids < 0).reshape(-1, *(1,) * own), 1, of_tasks(scale, ids))
         return x * rows.reshape(len(ids), *(1,) * (x.ndim - 1 - own), *rows.shape[1:])
 
     def fold(self, base: Any) -> nnx.Module:

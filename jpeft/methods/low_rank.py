@@ -29,7 +29,7 @@ from jpeft.dropout import Dropout
 from jpeft.errors import JpeftError
 from jpeft.methods.starts import FROM_THE_WEIGHT, from_noise, from_weight
 from jpeft.variables import AdapterBuffer, Trainable
-from jpeft.wrapper import NotMergeable, Wrapper, innermost
+from jpeft.wrapper import NotMergeable, Wrapper, innermost, of_tasks
 
 if TYPE_CHECKING:
     from jpeft.methods.adalora import AdaLoRA
@@ -228,13 +228,11 @@ class LoRAWrapper(Wrapper):
                 f"adapter_ids: a {kind} with weight {shape} works on the batch axis itself, so its rows cannot have "
                 "adapters of their own; exclude it from the targets"
             )
-        ids = self.adapter_ids[...]
-        if ids.shape != y.shape[:1]:
-            raise JpeftError(f"adapter_ids: expected one per row, {list(y.shape[:1])}, found {list(ids.shape)}")
-        chosen = jnp.maximum(ids, 0)
-        own = jnp.where(ids[:, None] < 0, 0, scale[chosen])  # the base alone is an update of scale 0
+        ids = self.tasks_of(y)
+        own = jnp.where(ids[:, None] < 0, 0, of_tasks(scale, ids))  # the base alone is an update of scale 0
         # Gathered here, inside the scan over layers: the base's product stays one product over the whole batch.
-        rows = jax.vmap(lambda x, a, b, scale: update(x[None], a, b, scale)[0])(x, a[chosen], b[chosen], own)
+        mine = of_tasks(a, ids), of_tasks(b, ids), own
+        rows = jax.vmap(lambda x, a, b, scale: update(x[None], a, b, scale)[0])(x, *mine)
         return y + rows.reshape(y.shape)
 
     def fold(self, base: nnx.Module) -> nnx.Module:

@@ -19,10 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft.errors import JpeftError
 from jpeft.variables import Trainable
 from jpeft.visible import Visible
-from jpeft.wrapper import Wrapper, innermost
+from jpeft.wrapper import Wrapper, innermost, of_tasks
 
 
 class PrefixWrapper(Wrapper):
@@ -79,10 +78,7 @@ class PrefixWrapper(Wrapper):
             kwargs["is_causal"] = False
         seen = None
         if self.adapter_ids is not None:
-            ids = self.adapter_ids[...]
-            if ids.shape != k.shape[:1]:
-                raise JpeftError(f"adapter_ids: expected one per row, {list(k.shape[:1])}, found {list(ids.shape)}")
-            seen = (ids >= 0).reshape(-1, *(1,) * (k.ndim - 1))
+            seen = (self.tasks_of(k) >= 0).reshape(-1, *(1,) * (k.ndim - 1))
             mask = jnp.ones((1,) * (k.ndim - 2) + (queries, keys), bool) if mask is None else mask
         if mask is not None:
             mask = _widened(mask.astype(bool), self.positions_taken, keys, True if seen is None else seen)
@@ -97,7 +93,7 @@ class PrefixWrapper(Wrapper):
         """`rows` in the dtype and for the rows of `like`, [..., S, K, H]: [..., P, K, H]."""
         rows = rows.astype(like.dtype)
         if self.adapter_ids is not None:
-            rows = rows[jnp.maximum(self.adapter_ids[...], 0)]
+            rows = of_tasks(rows, self.adapter_ids[...])
             rows = rows.reshape(rows.shape[0], *(1,) * (like.ndim - 4), *rows.shape[1:])
         return jnp.broadcast_to(rows, (*like.shape[:-3], *rows.shape[-3:]))
 

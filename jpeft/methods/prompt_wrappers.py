@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft.errors import JpeftError
 from jpeft.variables import Trainable
-from jpeft.wrapper import Wrapper
+from jpeft.wrapper import Wrapper, of_tasks
 
 
 class PromptWrapper(Wrapper):
@@ -36,10 +35,7 @@ class PromptWrapper(Wrapper):
         if self.adapter_ids is None:
             picked = rows[at]
         else:
-            tasks = self.adapter_ids[...]
-            if tasks.shape != ids.shape[:1]:
-                raise JpeftError(f"adapter_ids: expected one per row, {list(ids.shape[:1])}, found {list(tasks.shape)}")
-            picked = rows[jnp.maximum(tasks, 0).reshape(-1, *(1,) * (ids.ndim - 1)), at]
+            picked = jax.vmap(lambda own, at: own[at])(of_tasks(rows, self.tasks_of(ids)), at)
         return jnp.where((number < 0)[..., None], x, picked)
 
 

@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jpeft import kinds
+from jpeft import kinds, surgery
 from jpeft.errors import JpeftError
 from jpeft.methods import fields
+from jpeft.methods.method import refuse_second
 from jpeft.methods.targeted import Targeted
 from jpeft.paths import Node
 from jpeft.targets import Layers
 from jpeft.variables import Frozen, Trainable
-from jpeft.wrapper import NotMergeable, Wrapper, innermost
+from jpeft.wrapper import NotMergeable, Wrapper, chain, innermost, of_tasks
 
 
 class Retrained(Wrapper):
@@ -82,16 +83,13 @@ class Retrained(Wrapper):
 
     def _by_row(self, method: str, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
         """Calls `method` of the base row by row, with the copies of each row's task; -1 is the base's own values."""
-        ids = self.adapter_ids[...]  # type: ignore[index]
-        if ids.shape != x.shape[:1]:
-            raise JpeftError(f"adapter_ids: expected one per row, {list(x.shape[:1])}, found {list(ids.shape)}")
-        inner = innermost(self.base)
+        ids, inner = self.tasks_of(x), innermost(self.base)
         rows = {}
         for own, tasks in self._values().items():
             kept = vars(inner).get(own)
             base = jnp.zeros(tasks.shape[1:]) if kept is None else kept[...].astype(tasks.dtype)
             missing = (ids < 0).reshape(-1, *(1,) * base.ndim)
-            rows[own] = jnp.where(missing, base, tasks[jnp.maximum(ids, 0)])
+            rows[own] = jnp.where(missing, base, of_tasks(tasks, ids))
 
         def one(values: Mapping[str, jax.Array], x: jax.Array) -> Any:
             return getattr(self._with(values), method)(x[None], *args, **kwargs)[0]
@@ -141,11 +139,43 @@ class _Retraining(Targeted):
     def accepts(self) -> Callable[[Any], bool]:
         return lambda module: isinstance(module, nnx.Module) and bool(self.copies(module))
 
+    def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
+        replacements: dict[surgery.Path, Callable[[Any], Any]] = {}
+        found = self.resolve(model)
+        for node, layers in found:
+            refuse_second(node.module, self.name, node.name)
+            if self._start(node, layers):
+                # Under the wrappers that are there: what they make of a weight, they make of its trained copy.
+                replacements[(*node.path, *("base" for _ in chain(node.module)))] = self._placed(node, layers, key)
+        if found and not replacements:
+            raise JpeftError(f"{type(self).__name__}: all that its targets name is trained already by another method")
+        return surgery.replace(model, replacements)
+
     def wrapper(self, base: Any, node: Node, layers: Layers, key: jax.Array) -> Retrained:
-        start = self.copies(innermost(base))
+        start = self._start(node, layers)
         return Retrained(
             base, name=self.name, start=start, group=self.group, stacked=node.stack is not None, layers=layers
         )
+
+    def _start(self, node: Node, layers: Layers) -> dict[str, jax.Array]:
+        """The copies for `node` but for those that a method trains already; another copy would never be used."""
+        module = innermost(node.module)
+        start, kind = self.copies(module), kinds.kind_of(module)
+        keeper = next((one.name for one in chain(node.module) if one.keeps_weight), None)
+        if keeper is not None and kind is not None and kinds.KINDS[kind][0] in start:
+            raise JpeftError(
+                f"{type(self).__name__}: {keeper!r} on {node.name!r} counts on a weight that stays; exclude this module"
+            )
+        for other in (one for one in chain(node.module) if isinstance(one, Retrained)):
+            twice = [own for own in other.copied if own in start]
+            if other.layers is None or (layers is not None and set(layers) <= set(other.layers)):
+                start = {own: value for own, value in start.items() if own not in twice}
+            elif twice and (layers is None or set(layers) & set(other.layers)):
+                raise JpeftError(
+                    f"{type(self).__name__}: {other.name!r} trains {', '.join(twice)} of {node.name!r} in layers "
+                    f"{list(other.layers)} already; give layers= without these"
+                )
+        return start
 
 
 def parameters(module: Any) -> dict[str, jax.Array]:

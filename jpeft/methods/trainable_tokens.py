@@ -22,7 +22,7 @@ from jpeft.methods.targeted import Targeted, lead_of
 from jpeft.paths import Node
 from jpeft.targets import Layers
 from jpeft.variables import Trainable
-from jpeft.wrapper import NotMergeable, Wrapper
+from jpeft.wrapper import NotMergeable, Wrapper, of_tasks
 
 
 class TokenRows(Wrapper):
@@ -41,10 +41,14 @@ class TokenRows(Wrapper):
                 f"TrainableTokens: token {max(tokens)} is not in a vocabulary of {vocabulary}; ids go from 0 to "
                 f"{vocabulary - 1}"
             )
-        value = kinds.weight(base).get_value()
-        chosen = value if layers is None else value[jnp.array(layers)]
-        wide = jnp.promote_types(value.dtype, jnp.float32)
-        self.rows = Trainable(jnp.take(chosen, jnp.array(tokens), axis=-2).astype(wide), group="tokens")
+        value, ids = kinds.weight(base).get_value(), jnp.array(tokens)
+        if not isinstance(base, Wrapper):
+            rows = jnp.take(value if layers is None else value[jnp.array(layers)], ids, axis=-2)
+        elif lead:
+            raise JpeftError("TrainableTokens: an embedding in every layer that is adapted already; compose it first")
+        else:
+            rows = base(ids)  # as the wrappers that are there make them
+        self.rows = Trainable(rows.astype(jnp.promote_types(value.dtype, jnp.float32)), group="tokens")
         self.tokens = tokens
         self.leading = len(lead)
 
@@ -58,9 +62,9 @@ class TokenRows(Wrapper):
         if self.adapter_ids is None:
             made = rows[row]
         else:
-            tasks = self._tasks(ids)
+            tasks = self.tasks_of(ids)
             hit = hit & (tasks >= 0).reshape(-1, *(1,) * (ids.ndim - 1))
-            made = jax.vmap(lambda own, row: own[row])(rows[jnp.maximum(tasks, 0)], row)
+            made = jax.vmap(lambda own, row: own[row])(of_tasks(rows, tasks), row)
         return jnp.where(hit[..., None], made, y)
 
     def attend(self, query: Float[Array, "*batch features"], **kwargs: Any) -> Float[Array, "*batch vocabulary"]:
@@ -70,16 +74,10 @@ class TokenRows(Wrapper):
         columns = jnp.array(self.tokens)
         if self.adapter_ids is None:
             return y.at[..., columns].set(query @ rows.T)
-        tasks = self._tasks(query)
-        made = jax.vmap(lambda own, query: query @ own.T)(rows[jnp.maximum(tasks, 0)], query)
+        tasks = self.tasks_of(query)
+        made = jax.vmap(lambda own, query: query @ own.T)(of_tasks(rows, tasks), query)
         there = (tasks >= 0).reshape(-1, *(1,) * (query.ndim - 1))
         return y.at[..., columns].set(jnp.where(there, made, y[..., columns]))
-
-    def _tasks(self, x: Array) -> Int[Array, "rows"]:
-        tasks: Array = self.adapter_ids[...]  # type: ignore[index]
-        if tasks.shape != x.shape[:1]:
-            raise JpeftError(f"adapter_ids: expected one per row, {list(x.shape[:1])}, found {list(tasks.shape)}")
-        return tasks
 
     def fold(self, base: Any) -> nnx.Module:
         """`base` with the trained rows written into it, in its dtype."""

@@ -240,7 +240,15 @@ def test_rows_with_adapters_of_their_own(model_name: str, method_name: str) -> N
         rows = mixed(jnp.array(ids), *served[1:])
         alone = [output(model_name) if i < 0 else one(*tasks[i], parts.frozen) for i in ids]
         assert all(zoo.relative(rows[row], alone[row][row]) < 1e-5 for row in range(2))
+    # Nobody is answered with the adapter of another: a task that there is not gives no number, or is refused.
+    strange = mixed(jnp.array([2, 3]), *served[1:])
+    assert zoo.relative(strange[0], one(*tasks[2], parts.frozen)[0]) < 1e-5
+    lost = jnp.isnan(strange[1])
+    assert jnp.any(lost)
+    assert jnp.allclose(jnp.where(lost, 0, strange[1]), jnp.where(lost, 0, output(model_name)[1]), atol=1e-5)
     assert mixed._cache_size() == 1
+    with pytest.raises(jpeft.JpeftError, match=r"there is no task 3; they are 0 to 2, and -1 is the base"):
+        jpeft.combine(*served, adapter_ids=jnp.array([2, 3]))
 
 
 @deep

@@ -115,3 +115,62 @@ def test_the_base_outlives_a_donated_copy() -> None:
     parts = jpeft.partition(jpeft.BitFit()(model, rngs=0))
     jax.jit(lambda adapter: jax.tree.map(jnp.zeros_like, adapter), donate_argnums=0)(parts.adapter)
     assert jnp.isfinite(model(zoo.ids())).all()
+
+
+INNER = (
+    jpeft.LoRA(rank=2, targets=["embed", "up"]),
+    jpeft.AdaLoRA(rank=2, initial_rank=3, total_steps=9, targets="up"),
+    jpeft.OFT(block_size=4, targets="up"),
+    jpeft.IA3(targets="up"),
+    jpeft.TrainableTokens(tokens=[1, 2], targets="embed"),
+    jpeft.NormTuning(targets="norm"),
+)
+OUTER = (jpeft.FullTuning(targets=["embed", "up"]), jpeft.BitFit(targets="up"))
+
+
+@pytest.mark.parametrize("inner", INNER, ids=lambda method: method.kind)
+@pytest.mark.parametrize("outer", OUTER, ids=lambda method: method.kind)
+@pytest.mark.parametrize("first", ["inner", "outer"])
+def test_beside_a_method_on_the_same_modules(inner: jpeft.Method, outer: jpeft.Method, first: str) -> None:
+    order = (inner, outer) if first == "inner" else (outer, inner)
+    model = base("user-stack-remat")
+    for method in order:
+        before = zoo.MODELS["user-stack-remat"].run(model)
+        model = method(model, rngs=0)
+        assert zoo.relative(zoo.MODELS["user-stack-remat"].run(model), before) < 1e-5
+        parts = jpeft.partition(model)
+        model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    run = zoo.MODELS["user-stack-remat"].run
+    assert zoo.relative(run(jpeft.merge(model)), run(model)) < 1e-5
+
+
+def test_a_weight_under_dora_stays_and_its_bias_may_train() -> None:
+    run = zoo.MODELS["user-stack-remat"].run
+    dora = jpeft.DoRA(rank=2, targets="up", dropout=0.3)(base("user-stack-remat"), rngs=0)
+    parts = jpeft.partition(jpeft.BitFit(targets="up")(dora, rngs=0))
+    model = jpeft.combine(parts.graphdef, zoo.trained(parts), parts.buffers, parts.frozen)
+    assert zoo.relative(run(jpeft.merge(model)), run(model)) < 1e-5
+    with pytest.raises(jpeft.JpeftError, match=r"FullTuning: 'dora' on 'layers/up' counts on a weight that stays"):
+        jpeft.FullTuning(targets="up")(dora, rngs=0)
+
+
+def test_nothing_is_trained_twice() -> None:
+    bert = base("bert-mean-classifier")
+    both = jpeft.compose(
+        jpeft.Houlsby(bottleneck_size=2, targets=["dense"]), jpeft.BitFit(targets=["query", "LayerNorm"])
+    )
+    adapter = jpeft.partition(both(bert, rngs=0)).adapter
+    norms = [key for key in adapter if key.endswith("/bias") and "LayerNorm" in key]
+    assert norms
+    assert not any("bitfit" in key for key in norms)  # Houlsby trains them
+    assert any("query/bitfit/bias" in key for key in adapter)
+    model = base("user-stack-remat")
+    some = jpeft.BitFit(targets="up", layers=[0])(model, rngs=0)
+    with pytest.raises(
+        jpeft.JpeftError, match=r"'bitfit' trains bias of 'layers/up' in layers \[0\] already; give layers"
+    ):
+        jpeft.FullTuning(targets="up")(some, rngs=0)
+    rest = jpeft.FullTuning(targets="up", layers=[1, 2])(some, rngs=0)
+    assert {"layers/up/bitfit/bias", "layers/up/full/bias", "layers/up/full/kernel"} <= set(keys(rest))
+    with pytest.raises(jpeft.JpeftError, match="BitFit: all that its targets name is trained already"):
+        jpeft.BitFit(targets="up", name="again")(jpeft.BitFit(targets="up")(model, rngs=0), rngs=0)
