@@ -8,6 +8,7 @@ number of devices.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -22,12 +23,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jpeft import kinds, paths
+from jpeft import expressions, kinds, paths
 from jpeft.errors import JpeftError
 from jpeft.merge import strip
 from jpeft.methods import Method, applied, compose, from_dict
 from jpeft.methods.method import warn_if_unfinished
 from jpeft.partition import Arrays, combine, partition, value_of, variables
+from jpeft.targets import lasting
 from jpeft.variables import Frozen, Quantized, Trainable
 from jpeft.wrapper import innermost
 
@@ -38,6 +40,9 @@ _SAMPLES = 8  # values of each base array that are remembered
 # bfloat16 keeps 8 bits: a base cast to it is still the same base.
 _SAMPLE_TOLERANCE = 2.0**-7
 _MOST_DIFFERENCES = 12
+_MOST_METHODS = 64  # of one adapter; each takes a walk over the model
+# Settings of methods that name modules, by expressions or otherwise.
+_SELECTING = ("targets", "exclude", "norms", "feed_forward", "rank_pattern", "alpha_pattern", "bottleneck_pattern")
 _LONGEST_NAME = 200  # Orbax adds to a folder's name while it writes
 
 
@@ -60,6 +65,8 @@ def save_adapter(path: str | Path, model: nnx.Module, *, overwrite: bool = False
     if any(isinstance(array, jax.ShapeDtypeStruct) for array in adapter.values()):
         raise JpeftError(f"save_adapter({str(path)!r}): the model is abstract; there are no arrays to save")
     _check_remade(model, adapter, buffers)
+    for method in applied(model):
+        _check_entries(method)  # what could not be loaded again
     warn_if_unfinished(model, "save_adapter")
     metadata = {
         "format": FORMAT,
@@ -78,7 +85,11 @@ def save_adapter(path: str | Path, model: nnx.Module, *, overwrite: bool = False
         ocp.save_checkpointables(new, _parts(adapter, buffers), overwrite=new != path, custom_metadata=metadata)
         if new != path:
             _swap(new, path)
-    except OSError as error:
+    except Exception as error:  # Orbax and TensorStore raise many kinds, of a full disk for one
+        if jax.process_count() == 1:
+            shutil.rmtree(f"{new}.orbax-checkpoint-tmp", ignore_errors=True)
+            if new != path:
+                shutil.rmtree(new, ignore_errors=True)
         raise JpeftError(f"save_adapter: cannot write {str(path)!r}: {error}") from error
     return path
 
@@ -103,7 +114,8 @@ def _folder(path: str | Path, caller: str) -> Path:
         made = Path(path).expanduser().absolute()
         too_long = len(os.fsencode(made.name)) > _LONGEST_NAME
     except (TypeError, ValueError, RuntimeError) as error:
-        raise JpeftError(f"{caller}: {path!r} is no path: {error}") from None
+        shown = repr(path) if isinstance(path, str | Path) else f"a {type(path).__name__}"
+        raise JpeftError(f"{caller}: {shown} is no path: {error}") from None
     if "://" in str(path) or "\0" in str(path) or too_long:
         raise JpeftError(f"{caller}: {path!r} cannot be used; give a folder of this machine or a mounted bucket")
     return made
@@ -223,9 +235,24 @@ def _validated(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _methods(path: Path, configs: list[dict[str, Any]]) -> tuple[Method, ...]:
     try:
-        return tuple(from_dict(config) for config in configs)
+        if len(configs) > _MOST_METHODS:
+            raise JpeftError(f"it has {len(configs)} methods, more than {_MOST_METHODS}")
+        methods = tuple(from_dict(config) for config in configs)
+        for method in methods:
+            _check_entries(method)
+        return methods
     except (JpeftError, TypeError, ValueError, OverflowError) as error:
         raise JpeftError(f"load_adapter: the configuration in {str(path)!r} cannot be used: {error}") from error
+
+
+def _check_entries(method: Method) -> None:
+    """Raises JpeftError for a regular expression among the settings of `method` that could run too long."""
+    for field in dataclasses.fields(method):
+        given = getattr(method, field.name)
+        if field.name in _SELECTING and given is not None:
+            for entry in given:
+                if not lasting(entry):
+                    expressions.compiled(entry, f"{type(method).__name__}, {field.name}")
 
 
 def _apply_abstract(methods: tuple[Method, ...], base_model: Any) -> Any:

@@ -23,6 +23,7 @@ _Packed: TypeAlias = tuple[str, kinds.Packed | None, Any]  # where, what it was,
 
 def strip(model: nnx.Module) -> Any:
     """The base: `model` without any wrapper, with its parameters' own Variable types and the same arrays."""
+    _check_module(model, "strip")
     bare = surgery.rewrite(model, lambda module: module.base if isinstance(module, Wrapper) else module)
     return _plain(surgery.map_variables(bare, unfreeze))
 
@@ -39,6 +40,7 @@ def merge(model: nnx.Module, *, dequantize: bool = False, requantize: bool = Fal
     """
     if dequantize and requantize:
         raise JpeftError("merge: choose dequantize=True or requantize=True, not both")
+    _check_module(model, "merge")
     copy = nnx.clone(model)
     places = {id(wrapper): node.name for node in paths.nodes(copy) for wrapper in chain(node.module)}
     problems: list[str] = []
@@ -115,6 +117,11 @@ def _requantized(model: Any, quantized: dict[int, _Packed]) -> Any:
             stacklevel=3,
         )
     return made
+
+
+def _check_module(model: Any, caller: str) -> None:
+    if not isinstance(model, nnx.Module):
+        raise JpeftError(f"{caller}: expected an nnx.Module, found a {type(model).__name__}")
 
 
 def _plain(model: Any) -> Any:

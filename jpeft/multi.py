@@ -34,6 +34,8 @@ def multi(model: nnx.Module, tasks: Sequence[Task]) -> Any:
         raise JpeftError("multi: no tasks; give (adapter, buffers) pairs as jpeft.partition returns them")
     graphdef, adapter, buffers, frozen = partition(model)
     for number, task in enumerate(tasks):
+        if not (isinstance(task, tuple | list) and len(task) == 2 and all(isinstance(one, Mapping) for one in task)):
+            raise JpeftError(f"multi: task {number} is no pair (adapter, buffers) as jpeft.partition returns them")
         _check(number, {**task[0], **task[1]}, {**adapter, **buffers})
     joined: dict[str, Any] = {}
     for key in (*adapter, *buffers):

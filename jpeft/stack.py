@@ -14,6 +14,7 @@ wrappers that are inactive there. Layers before the first adapted one need no ba
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -73,6 +74,8 @@ class Stack(nnx.Module):
         cls, make: Callable[[nnx.Rngs], nnx.Module], length: int, *, rngs: nnx.Rngs, remat: Remat = False
     ) -> Stack:
         """A stack of `length` layers, each `make(rngs)` with a key of its own. Works under `nnx.eval_shape`."""
+        if length < 1:
+            raise JpeftError(f"Stack.create: length={length}; give at least one layer")
         keys = jax.random.split(rngs.params(), length)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
         state = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys)
@@ -81,6 +84,8 @@ class Stack(nnx.Module):
     @classmethod
     def from_layers(cls, layers: Sequence[nnx.Module], *, remat: Remat = False) -> Stack:
         """Stacks layers of identical structure (their arrays are copied into the stacked ones)."""
+        if not layers:
+            raise JpeftError("Stack.from_layers: no layers")
         graphdefs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
         odd = [i for i, other in enumerate(graphdefs) if other != graphdefs[0]]
         if odd:
@@ -97,6 +102,7 @@ class Stack(nnx.Module):
 
         Raises JpeftError if there is no layer of that number.
         """
+        index = operator.index(index)
         if not 0 <= index < self.length:
             raise JpeftError(f"at: layer {index} of {self.length}; they count from 0")
         graphdef, shared, rows, stacked = self._active(index, index + 1)

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 from flax import nnx
 
-from jpeft import paths
+from jpeft import expressions, paths
 from jpeft.errors import JpeftError, nearest
 from jpeft.kinds import kind_of
 from jpeft.paths import Node
@@ -55,6 +55,11 @@ def entries(given: Entry | Iterable[Entry] | None) -> tuple[Entry, ...]:
         if isinstance(entry, str):
             _compile(entry)
     return made
+
+
+def lasting(entry: Entry) -> bool:
+    """Whether a file can hold `entry`: a name, or an expression that ends soon whatever it is matched with."""
+    return isinstance(entry, str) and (not _REGEX.search(entry) or expressions.ends_soon(entry))
 
 
 def _compile(entry: str) -> re.Pattern[str] | None:

@@ -208,12 +208,16 @@ def test_overwriting_replaces_adapters_only(tmp_path: Path) -> None:
 def test_the_old_adapter_stays_until_the_new_one_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from orbax.checkpoint import v1 as ocp
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError("No space left on device")
+    for kind in (OSError, ValueError):  # Python's own, and what TensorStore makes of it
 
-    monkeypatch.setattr(ocp, "save_checkpointables", full)
-    with pytest.raises(jpeft.JpeftError, match="cannot write .*No space left"):
-        jpeft.save_adapter(folder, jpeft.LoRA(rank=3)(base(), rngs=1), overwrite=True)
+        def full(new: Path, *args: Any, kind: type[Exception] = kind, **kwargs: Any) -> None:
+            Path(f"{new}.orbax-checkpoint-tmp").mkdir()
+            raise kind("No space left on device")
+
+        monkeypatch.setattr(ocp, "save_checkpointables", full)
+        with pytest.raises(jpeft.JpeftError, match="cannot write .*No space left"):
+            jpeft.save_adapter(folder, jpeft.LoRA(rank=3)(base(), rngs=1), overwrite=True)
+    assert [one.name for one in folder.parent.iterdir()] == [folder.name]
     assert jpeft.applied(jpeft.load_adapter(folder, base()))[0].rank == 2
 
 
@@ -240,6 +244,20 @@ def test_state_that_changes_in_use_is_not_the_base(tmp_path: Path) -> None:
     assert jpeft.load_adapter(tmp_path / "a", Normed())
 
 
+def test_expressions_that_never_end_are_not_run(tmp_path: Path) -> None:
+    endless = r"^(layers\.?|[a-z]+)+up$"
+    adapted = jpeft.LoRA(rank=2, targets=endless)(base(), rngs=0)  # the user's own, on their own names
+    folder = jpeft.save_adapter(tmp_path / "a", adapted)
+    (method,) = jpeft.applied(jpeft.load_adapter(folder, base()))
+    assert method.targets == (r"^layers\.up$",)  # saved by what it chose
+    for changes in ({"targets": [endless]}, {"exclude": [endless]}, {"targets": ["up"], "rank_pattern": {endless: 1}}):
+        edit(folder, methods=[{"method": "lora", "rank": 2, **changes}])
+        with pytest.raises(jpeft.JpeftError, match="cannot be used: LoRA, .*it repeats a choice"):
+            jpeft.load_adapter(folder, base())
+    with pytest.raises(jpeft.JpeftError, match="LoRA, rank_pattern: the regular expression"):
+        jpeft.save_adapter(tmp_path / "b", jpeft.LoRA(rank=2, rank_pattern={endless: 1})(base(), rngs=0))
+
+
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"custom_metadata": ' + "[" * 100_000, "null", "\ufeff{}", '{"custom_metadata": 3}']
 )
@@ -255,4 +273,19 @@ def test_hostile_json_is_refused(folder: Path, text: str) -> None:
 def test_hostile_configurations_are_refused(folder: Path, config: dict[str, Any]) -> None:
     edit(folder, methods=[{"method": "lora", **config}])
     with pytest.raises(jpeft.JpeftError, match="cannot be used"):
+        jpeft.load_adapter(folder, base())
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [{"method": "lora", "rank": 1, "name": f"n{number}"} for number in range(200)],
+        [{"method": "lora", "rank": 10**9}],
+        [{"method": "adapter_fusion", "adapter": {"method": "pfeiffer"}, "tasks": 10**8}],
+        [{"method": "prompt_tuning", "num_virtual_tokens": 10**12}],
+    ],
+)
+def test_a_small_file_cannot_claim_much(folder: Path, methods: list[dict[str, Any]]) -> None:
+    edit(folder, methods=methods)
+    with pytest.raises(jpeft.JpeftError, match="cannot be used: .*more than"):
         jpeft.load_adapter(folder, base())

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from jpeft.interop import expressions
+from jpeft import expressions
 from jpeft.interop.config import Schema, Settings
 from jpeft.interop.converter import Converter, Tensors
 from jpeft.interop.links import Link

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from flax import nnx
 
+from jpeft import expressions
 from jpeft.errors import JpeftError, nearest
-from jpeft.interop import expressions
 from jpeft.interop.config import Settings
 from jpeft.interop.names import Place, places
 from jpeft.models.model import Model

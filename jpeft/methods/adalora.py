@@ -84,6 +84,9 @@ _FORMS: dict[type[nnx.Module], type[AdaLoRAWrapper]] = {
 }
 
 
+_MOST_STEPS = 2**31 - 1  # they are counted in int32
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaLoRA(Targeted):
     """AdaLoRA (arXiv:2303.10512) on linear layers. Train with `jpeft.optimizer(model, tx)` and `jpeft.penalty(model)`.
@@ -132,10 +135,10 @@ class AdaLoRA(Targeted):
             **{field: fields.real(getattr(self, field)) for field in numbers},
             **{field: fields.whole(getattr(self, field)) for field in wholes},
         )
-        for field in ("rank", "initial_rank", "interval"):
+        for field in ("rank", "initial_rank"):
             fields.check_whole(self, field, getattr(self, field), least=1)
-        for field in ("warmup_steps", "final_steps"):
-            fields.check_whole(self, field, getattr(self, field), least=0)
+        for field, least in (("interval", 1), ("warmup_steps", 0), ("final_steps", 0)):
+            fields.check_whole(self, field, getattr(self, field), least=least, most=_MOST_STEPS)
         for field in ("alpha", "orthogonality"):
             fields.check_finite(self, field, getattr(self, field))
         for field in ("dropout", "beta1", "beta2"):
@@ -146,7 +149,7 @@ class AdaLoRA(Targeted):
                 f"AdaLoRA: rank={self.rank} is more than initial_rank={self.initial_rank}, from which it falls"
             )
         if self.total_steps is not None:
-            fields.check_whole(self, "total_steps", self.total_steps, least=1)
+            fields.check_whole(self, "total_steps", self.total_steps, least=1, most=_MOST_STEPS)
             if self.warmup_steps >= self.total_steps - self.final_steps:
                 raise JpeftError(
                     f"AdaLoRA: warmup_steps={self.warmup_steps} and final_steps={self.final_steps} leave none of "

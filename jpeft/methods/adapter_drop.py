@@ -7,6 +7,7 @@ the layers without adapters as the base runs them, so what is taken away costs n
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sized
 from typing import Any, ClassVar
 
 import jax
@@ -38,8 +39,8 @@ class DropAdapters(Method):
     def __post_init__(self) -> None:
         for name in ("layers", "fused"):
             given = getattr(self, name)
-            given = [] if given is None else [given] if isinstance(given, int) else list(given)
-            fields.settle(self, **{name: fields.layer_numbers(given) if given else ()})
+            none = given is None or (isinstance(given, Sized) and len(given) == 0)
+            fields.settle(self, **{name: () if none else fields.layer_numbers(given, name)})
         if not (self.layers or self.fused):
             raise JpeftError("DropAdapters: nothing to drop; give the numbers of layers, such as range(5), or fused=")
 

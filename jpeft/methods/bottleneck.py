@@ -34,7 +34,7 @@ from jpeft.methods.method import Method
 from jpeft.methods.retrained import NormTuning
 from jpeft.methods.targeted import Targeted, lead_of, replaced, targets_or_none
 from jpeft.paths import Node
-from jpeft.targets import Layers, Pattern
+from jpeft.targets import Layers, Pattern, lasting
 from jpeft.wrapper import innermost
 
 
@@ -227,7 +227,7 @@ class Houlsby(_Bottlenecks):
 
     def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
         made = super().recorded(model)
-        if made == (self,) and not any(callable(entry) for entry in self.norms or ()):
+        if made == (self,) and all(lasting(entry) for entry in self.norms or ()):
             return made
         adapters = tuple(replaced(method, train_norms=False, norms=None) for method in made)
         return (*adapters, *(self._norm_tuning.recorded(model) if self.train_norms else ()))

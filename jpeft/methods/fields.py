@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from typing import Any
 
 from jpeft.errors import JpeftError
+
+_LARGEST = 3.4028234e38  # a float32, in which methods compute
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -33,16 +34,21 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_whole(method: Any, field: str, value: Any, *, least: int) -> None:
-    """Raises JpeftError unless `value` is a whole number of at least `least`."""
+def check_whole(method: Any, field: str, value: Any, *, least: int, most: int = 2**20) -> None:
+    """Raises JpeftError unless `value` is a whole number from `least` to `most`.
+
+    The default is more than any size of an adapter; without a bound a file of a few bytes could fill the memory.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise JpeftError(f"{_name(method)}: {field}={value!r} is not a whole number of at least {least}")
+    if value > most:
+        raise JpeftError(f"{_name(method)}: {field} is {shown(value)}, more than the {most:,} that there can be")
 
 
 def check_finite(method: Any, field: str, value: Any) -> None:
     """Raises JpeftError unless `value` is a finite number."""
-    if not (is_number(value) and math.isfinite(value)):
-        raise JpeftError(f"{_name(method)}: {field}={value!r} is not a finite number")
+    if not (is_number(value) and abs(value) <= _LARGEST):
+        raise JpeftError(f"{_name(method)}: {field}={shown(value)} is not a finite number (of float32)")
 
 
 def check_rate(method: Any, field: str, value: Any) -> None:
@@ -83,7 +89,12 @@ def token_ids(method: Any, field: str, given: Any) -> tuple[int, ...]:
     return made
 
 
-def layer_numbers(given: Any) -> tuple[int, ...] | None:
+def shown(value: Any) -> str:
+    """`value` as an error shows it; Python refuses to write out very long numbers."""
+    return "a number of very many digits" if isinstance(value, int) and value.bit_length() > 256 else repr(value)
+
+
+def layer_numbers(given: Any, field: str = "layers") -> tuple[int, ...] | None:
     """`layers` as a sorted tuple; None stays None. Raises JpeftError for what are no distinct layer numbers."""
     if given is None:
         return None
@@ -93,7 +104,7 @@ def layer_numbers(given: Any) -> tuple[int, ...] | None:
         numbers_ = []
     made = sorted({whole(number) for number in numbers_ if isinstance(whole(number), int)})
     if not made or len(made) != len(numbers_) or made[0] < 0 or any(isinstance(number, bool) for number in numbers_):
-        raise JpeftError(f"layers={given!r}: give distinct layer numbers from 0, such as range(8, 16) or [0, 1]")
+        raise JpeftError(f"{field}={given!r}: give distinct layer numbers from 0, such as range(8, 16) or [0, 1]")
     return tuple(made)
 
 

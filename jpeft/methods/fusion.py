@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -55,8 +56,12 @@ class AdapterFusion(Method):
     name: str = "fusion"
 
     def __post_init__(self) -> None:
-        given = [self.adapters] if isinstance(self.adapters, str) else list(self.adapters)
+        given = self.adapters if isinstance(self.adapters, list | tuple) else [self.adapters]
         config = self.adapter.to_dict() if isinstance(self.adapter, Method) else self.adapter
+        if not all(isinstance(folder, str | Path) for folder in given):
+            raise JpeftError(f"AdapterFusion: adapters={self.adapters!r}; give the folders of saved adapters")
+        if not (config is None or isinstance(config, Mapping)):
+            raise JpeftError(f"AdapterFusion: adapter={config!r}; give a method, or its settings as a mapping")
         fields.settle(
             self,
             adapters=tuple(str(folder) for folder in given),
@@ -76,7 +81,7 @@ class AdapterFusion(Method):
             return
         if not self.adapter:
             raise JpeftError("AdapterFusion: give adapters=, the folders of saved adapters")
-        fields.check_whole(self, "tasks", self.tasks, least=1)
+        fields.check_whole(self, "tasks", self.tasks, least=1, most=1000)
         assert self.stage_one
 
     @property

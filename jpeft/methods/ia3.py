@@ -23,7 +23,7 @@ from jpeft.methods import fields
 from jpeft.methods.method import Method, refuse_second
 from jpeft.methods.targeted import Targeted, exact_names, lead_of, replaced
 from jpeft.paths import Node
-from jpeft.targets import Layers, entries, role
+from jpeft.targets import Layers, entries, lasting, role
 from jpeft.variables import Trainable
 from jpeft.wrapper import NotMergeable, Wrapper, innermost, of_tasks
 
@@ -133,7 +133,7 @@ class IA3(Targeted):
         return Rescaled(base, name=self.name, lead=lead_of(node, layers), before=before, layers=layers)
 
     def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
-        if not any(callable(entry) for entry in (*(self.targets or ()), *(self.feed_forward or ()), *self.exclude)):
+        if all(lasting(entry) for entry in (*(self.targets or ()), *(self.feed_forward or ()), *self.exclude)):
             return (self,)
         names = {before: exact_names(part.resolve(model)) for before, part in self._parts(model)}
         return (

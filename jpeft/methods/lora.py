@@ -34,6 +34,8 @@ from jpeft.methods.targeted import Targeted, covered, lead_of
 from jpeft.paths import Node
 from jpeft.targets import ALL_LINEAR, Pattern, prefix_of
 
+_MOST_RANK = 2**16  # each module's scales, one for each of the rank, are written out
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(Targeted):
@@ -92,12 +94,14 @@ class LoRA(Targeted):
             rank_pattern=FrozenDict({entry: fields.whole(value) for entry, value in self.rank_pattern.items()}),
             alpha_pattern=FrozenDict({entry: fields.real(value) for entry, value in self.alpha_pattern.items()}),
         )
-        fields.check_whole(self, "rank", self.rank, least=1)
+        fields.check_whole(self, "rank", self.rank, least=1, most=_MOST_RANK)
+        fields.check_switch(self, "use_rslora")
         for entry, value in self.rank_pattern.items():
-            fields.check_whole(self, f"rank_pattern[{entry!r}]", value, least=0)
-        given = {} if self.alpha is None else {"alpha": self.alpha}
-        for entry, alpha in {**given, **self.alpha_pattern}.items():
-            fields.check_finite(self, entry, alpha)
+            fields.check_whole(self, f"rank_pattern[{entry!r}]", value, least=0, most=_MOST_RANK)
+        if self.alpha is not None:
+            fields.check_finite(self, "alpha", self.alpha)
+        for entry, alpha in self.alpha_pattern.items():
+            fields.check_finite(self, f"alpha_pattern[{entry!r}]", alpha)
         fields.check_rate(self, "dropout", self.dropout)
         fields.check_choice(self, "init", self.init, INITS)
         self._check_start()
@@ -183,6 +187,8 @@ class LoRAPlus(LoRA):
         super().__post_init__()
         fields.settle(self, ratio=fields.real(self.ratio))
         fields.check_finite(self, "ratio", self.ratio)
+        if self.ratio <= 0:
+            raise JpeftError(f"{type(self).__name__}: ratio={self.ratio!r} is not above 0")
 
     def optimizer(
         self, model: nnx.Module, tx: optax.GradientTransformation, total_steps: int | None

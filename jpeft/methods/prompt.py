@@ -25,7 +25,7 @@ from jpeft.methods.method import Method
 from jpeft.methods.prompt_wrappers import EncodedPrompt, Prompt, PromptWrapper
 from jpeft.methods.targeted import Targeted, replaced
 from jpeft.paths import Node
-from jpeft.targets import Layers
+from jpeft.targets import Layers, lasting
 from jpeft.virtual_tokens import prompt_of
 from jpeft.wrapper import innermost
 
@@ -71,7 +71,7 @@ class _PromptMethod(Targeted):
         return super().apply(model, key)
 
     def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
-        if not any(callable(entry) for entry in self.targets or ()):
+        if all(lasting(entry) for entry in self.targets or ()):
             return (self,)
         return (replaced(self, targets=tuple(f"^{re.escape(node.expanded())}$" for node, _ in self.resolve(model))),)
 

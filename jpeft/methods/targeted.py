@@ -16,7 +16,7 @@ from jpeft.methods import fields
 from jpeft.methods.method import Method, refuse_second
 from jpeft.paths import Node
 from jpeft.stack import runs
-from jpeft.targets import Entry, Layers, entries, resolve, role
+from jpeft.targets import Entry, Layers, entries, lasting, resolve, role
 from jpeft.wrapper import Wrapper
 
 # More scans than this cost more compile time than the layers in between are worth; then the hull is adapted and the
@@ -43,8 +43,12 @@ class Targeted(Method):
 
     def settle_targets(self) -> None:
         """Puts the four fields into their one form. Raises JpeftError for what cannot be."""
-        targets = None if self.targets is None and self.role else entries(self.targets)
-        fields.settle(self, targets=targets, exclude=entries(self.exclude), layers=fields.layer_numbers(self.layers))
+        try:
+            targets = None if self.targets is None and self.role else entries(self.targets)
+            exclude = entries(self.exclude)
+        except JpeftError as error:
+            raise JpeftError(f"{type(self).__name__}: {error}") from None
+        fields.settle(self, targets=targets, exclude=exclude, layers=fields.layer_numbers(self.layers))
         fields.check_name(self)
 
     def apply(self, model: nnx.Module, key: jax.Array) -> nnx.Module:
@@ -62,7 +66,7 @@ class Targeted(Method):
         raise NotImplementedError(f"{type(self).__name__} defines neither apply nor wrapper")
 
     def recorded(self, model: nnx.Module) -> tuple[Method, ...]:
-        if not any(callable(entry) for entry in (*(self.targets or ()), *self.exclude)):
+        if all(lasting(entry) for entry in (*(self.targets or ()), *self.exclude)):
             return (self,)
         return (replaced(self, targets=exact_names(self.resolve(model)), exclude=(), layers=None),)
 

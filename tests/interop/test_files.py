@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import jpeft
+from jpeft import expressions
 from jpeft.errors import JpeftError
-from jpeft.interop import expressions
 from tests import zoo
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

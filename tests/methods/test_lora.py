@@ -40,18 +40,28 @@ def stacked() -> Any:
         ({"layers": [1, 1]}, "distinct layer numbers"),
         ({"layers": "all"}, "layers='all'"),
         ({"rank_pattern": {"up": 1.5}}, r"rank_pattern\['up'\]=1.5"),
-        ({"alpha_pattern": {"up": math.inf}}, "up=inf is not a finite number"),
-        ({"targets": 3}, "3 is no target"),
+        ({"alpha_pattern": {"up": math.inf}}, r"alpha_pattern\['up'\]=inf is not a finite number"),
+        ({"alpha": 10**400}, "alpha=a number of very many digits is not a finite number"),
+        ({"alpha": 1e39}, r"alpha=1e\+39 is not a finite number"),
+        ({"rank": 10**12}, "rank is 1000000000000, more than the 65,536 that there can be"),
+        ({"use_rslora": "false"}, "use_rslora='false'; choose True or False"),
+        ({"targets": 3}, "LoRA: 3 is no target"),
         ({"targets": {"up": 4}}, "is no target"),
         ({"rank_pattern": ["up"]}, "is no mapping"),
         ({"rank_pattern": {1: 4}}, "is no mapping"),
-        ({"alpha_pattern": {"up": None}}, "up=None is not a finite number"),
+        ({"alpha_pattern": {"up": None}}, r"alpha_pattern\['up'\]=None is not a finite number"),
         ({"name": "_base"}, "name='_base'"),
     ],
 )
 def test_bad_configurations(config: dict[str, Any], message: str) -> None:
     with pytest.raises(jpeft.JpeftError, match=message):
         jpeft.LoRA(**config)
+
+
+def test_a_ratio_that_would_not_train_b() -> None:
+    for ratio in (0, -1):
+        with pytest.raises(jpeft.JpeftError, match=f"LoRAPlus: ratio={ratio} is not above 0"):
+            jpeft.LoRAPlus(ratio=ratio)
 
 
 def test_configuration_survives_json() -> None:

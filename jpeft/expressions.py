@@ -18,6 +18,15 @@ _LONGEST = 4000
 _parser: Any = re._parser  # type: ignore[attr-defined]
 
 
+def ends_soon(expression: str) -> bool:
+    """Whether `compiled` would take it."""
+    try:
+        compiled(expression, "")
+    except JpeftError:
+        return False
+    return True
+
+
 def compiled(expression: str, where: str) -> re.Pattern[str]:
     """`expression`, compiled. Raises JpeftError, naming `where` it stands, if it is invalid or could run too long."""
     try:
