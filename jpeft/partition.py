@@ -106,7 +106,8 @@ def combine(
     adapter_ids: [B] whole numbers, for a model made by `jpeft.multi`: which task each row of the batch uses, -1 for the
     base alone.
 
-    Raises JpeftError if keys are missing or unknown, or if adapter_ids are missing or not asked for.
+    Raises JpeftError if keys are missing or unknown, if adapter_ids are missing or not asked for, or if one is no
+    task's. Inside jit their values are not known: the adapter's part of such a row is then not a number.
     """
     given = {**frozen, **buffers, **adapter}
     known = dict(graphdef.slots)

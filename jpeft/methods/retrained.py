@@ -6,6 +6,9 @@
 
 A wrapper holds trained copies of the chosen variables and uses them in the place of the base's, which stay as they are:
 the base comes back by `strip`, several tasks share it, and rows of one batch may use copies of different tasks.
+
+It stands under the other wrappers of its module, whatever came first: they change what the trained weight makes. What
+another method of this page trains already is left to that one.
 """
 
 from __future__ import annotations
