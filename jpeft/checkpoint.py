@@ -251,7 +251,7 @@ def _check_entries(method: Method) -> None:
         given = getattr(method, field.name)
         if field.name in _SELECTING and given is not None:
             for entry in given:
-                if not lasting(entry):
+                if isinstance(entry, str) and not lasting(entry):
                     expressions.compiled(entry, f"{type(method).__name__}, {field.name}")
 
 

@@ -89,7 +89,8 @@ def _identified(comparison: Comparison, materials: Materials) -> str:
     facts = made_of(model, materials.examples(model))
     if len(comparison.grid.learning_rates) > 1:
         facts["validation_size"] = f"{comparison.grid.validation_size:g}"
-    begun = any(comparison.folder.glob("r*/*/*"))  # without a run nothing can be mixed
+    # Without a run nothing can be mixed.
+    begun = any(run for kind in ("rates", "runs") for run in comparison.folder.glob(f"{kind}/*/*"))
     mixed, before = folder.mixed(facts), folder.identity() if begun else {}
     if begun and mixed:
         raise JpeftError(
