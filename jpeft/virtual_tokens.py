@@ -98,6 +98,8 @@ def _inserted(
     Rows of a batch for several tasks that use the base alone have them masked, at the end or (`hidden_first`) at the
     start.
     """
+    if batch.get("input_ids") is None:
+        raise JpeftError(f"the batch has no input_ids for virtual tokens to go into, but {sorted(batch)}")
     ids = jnp.asarray(batch["input_ids"])
     mask, count = batch.get("attention_mask"), wrapper.virtual_tokens
     odd = [name for name in ("positions", "segment_ids") if batch.get(name) is not None]

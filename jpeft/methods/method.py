@@ -106,11 +106,11 @@ def _key(rngs: nnx.Rngs | jax.Array | int) -> jax.Array:
         if "params" not in rngs and "default" not in rngs:
             raise JpeftError(f"rngs={rngs!r} has no stream for parameters: give nnx.Rngs(0) or nnx.Rngs(params=0)")
         return rngs.params()
-    if isinstance(rngs, int) and not isinstance(rngs, bool):
+    if isinstance(rngs, int) and not isinstance(rngs, bool) and -(2**31) <= rngs < 2**32:
         return jax.random.key(rngs)
-    if isinstance(rngs, jax.Array) and jax.dtypes.issubdtype(rngs.dtype, jax.dtypes.prng_key):
+    if isinstance(rngs, jax.Array) and jax.dtypes.issubdtype(rngs.dtype, jax.dtypes.prng_key) and not rngs.shape:
         return rngs
-    raise JpeftError(f"rngs={rngs!r}: give nnx.Rngs(0), jax.random.key(0) or a seed")
+    raise JpeftError(f"rngs={rngs!r}: give nnx.Rngs(0), one jax.random.key(0) or a seed below 2**32")
 
 
 def _plain(value: Any) -> Any:
