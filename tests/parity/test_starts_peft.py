@@ -38,7 +38,9 @@ def test_loftq(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "to", here(torch.Tensor.to))
     monkeypatch.setattr(bitsandbytes.nn.Params4bit, "to", here(bitsandbytes.nn.Params4bit.to))
-    weight = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)  # (out, in)
+    # What is kept of a residual is as exact as the sixth and seventh singular values are apart, and each library's SVD
+    # differs by machine: 4 % of the largest here, in default_rng(0) less than 1 %.
+    weight = np.random.default_rng(90).standard_normal((64, 128)).astype(np.float32)  # (out, in)
     base, a, b = loftq_utils.loftq_init(torch.tensor(weight), num_bits=4, reduced_rank=6, num_iter=iterations)
 
     class Model(nnx.Module):
